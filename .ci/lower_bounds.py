@@ -1,4 +1,4 @@
-"""Prints pip constraints that hold every dependency of the core, examples and tests at its lower bound."""
+"""Prints pip constraints that hold the dependencies of core, examples and tests at their bounds."""
 
 import re
 import tomllib
