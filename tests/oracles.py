@@ -199,7 +199,7 @@ def hessian(loss: Callable[[Any], Any], params: Any) -> Array:
     """
     flat = flatten(params)
     with jax.enable_x64(True):
-        matrix = jax.hessian(lambda v: loss(flat.rebuild(v)))(jnp.asarray(flat.vector))
+        matrix = jax.jit(jax.hessian(lambda v: loss(flat.rebuild(v))))(flat.vector)
         return np.asarray(matrix, np.float64)
 
 
@@ -254,9 +254,12 @@ def gauss_newton(
     """
     flat = flatten(params)
     with jax.enable_x64(True):
-        vector = jnp.asarray(flat.vector)
-        outputs = np.asarray(outputs_fn(flat.rebuild(vector)), np.float64)
-        jacobian = np.asarray(jax.jacrev(lambda v: outputs_fn(flat.rebuild(v)))(vector), np.float64)
+
+        def on_vector(vector: jax.Array) -> jax.Array:
+            return outputs_fn(flat.rebuild(vector))
+
+        outputs = np.asarray(jax.jit(on_vector)(flat.vector), np.float64)
+        jacobian = np.asarray(jax.jit(jax.jacrev(on_vector))(flat.vector), np.float64)
     output_hessian = OUTPUT_HESSIANS[likelihood](outputs)
     events = outputs.shape[-1] if likelihood == "categorical" else 1
     predictions = outputs.shape[:-1] if likelihood == "categorical" else outputs.shape
