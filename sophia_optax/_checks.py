@@ -1,0 +1,70 @@
+"""Checks of arguments: one sentence of fact, one of remedy.
+
+Only numbers are checked, Python's and NumPy's. Arrays and tracers pass, so that a schedule through
+`optax.inject_hyperparams` costs nothing and nothing waits for a device.
+"""
+
+import math
+import numbers
+from typing import Any
+
+
+def check_number(name: str, value: Any, low: float, high: float, interval: str) -> None:
+    """Checks that a number lies in an interval.
+
+    Args:
+      name: what the argument is called.
+      value: a number, or an array or a tracer, which pass.
+      low: the lower end.
+      high: the upper end.
+      interval: the interval as text, e.g. `"[0, 1)"`; its brackets say which ends belong to it.
+
+    Raises:
+      TypeError: if the value is callable or not a number at all.
+      ValueError: if the number lies outside of the interval.
+    """
+    if callable(value):
+        raise TypeError(
+            f"{name} is a callable ({value!r}), but only learning_rate takes a schedule directly. "
+            f"Wrap the optimizer: optax.inject_hyperparams(sophia_h)(..., {name}=schedule)."
+        )
+    if isinstance(value, bool | str | bytes) or value is None:
+        raise TypeError(f"{name} is {value!r}. Pass a number in {interval} or a scalar array.")
+    if not isinstance(value, numbers.Real):
+        return
+    number = float(value)
+    above = number >= low if interval[0] == "[" else number > low
+    below = number <= high if interval[-1] == "]" else number < high
+    if not (math.isfinite(number) and above and below):
+        raise ValueError(f"{name} is {value!r}. It must be a finite number in {interval}.")
+
+
+def check_count(name: str, value: Any) -> None:
+    """Checks that a number is an integer of at least one.
+
+    Args:
+      name: what the argument is called.
+      value: a number, or an array or a tracer, which pass.
+
+    Raises:
+      TypeError: if the value is callable or not a number at all.
+      ValueError: if the number is below one or has a fraction.
+    """
+    check_number(name, value, 1, math.inf, "[1, ∞)")
+    if isinstance(value, numbers.Real) and float(value) % 1:
+        raise ValueError(f"{name} is {value!r}. It must be a whole number of at least 1.")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Checks that a name is one of those known.
+
+    Args:
+      name: what the argument is called.
+      value: what was passed.
+      choices: what may be.
+
+    Raises:
+      ValueError: if it is none of them.
+    """
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}. Choose one of {', '.join(map(repr, choices))}.")

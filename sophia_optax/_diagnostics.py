@@ -1,0 +1,67 @@
+"""What an optimizer state says about the run."""
+
+from typing import Any, NamedTuple
+
+import jax
+from jaxtyping import Array, Float, Int, PyTree
+
+from sophia_optax._scale_by_sophia import ScaleBySophiaState
+
+
+class SophiaDiagnostics(NamedTuple):
+    """The scalars of a `ScaleBySophiaState`, for a log.
+
+    Attributes:
+      count: how many updates there have been, `i32[]`.
+      refreshes: how many estimates of the curvature were accepted, `i32[]`.
+      rejected: how many were dropped as not finite, `i32[]`. More than a few mean a loss that
+        overflows.
+      win_rate: the share of coordinates that were not clipped at the last accepted refresh,
+        `f32[]`. The paper tunes gamma until it lies between 0.1 and 0.5: if it is lower, raise
+        gamma.
+    """
+
+    count: Int[Array, "..."]  # pyright: ignore[reportIncompatibleMethodOverride]
+    refreshes: Int[Array, "..."]
+    rejected: Int[Array, "..."]
+    win_rate: Float[Array, "..."]
+
+
+def diagnostics(opt_state: PyTree[Any]) -> SophiaDiagnostics:
+    """Finds Sophia's state in an optimizer state, however it is nested, and reads it.
+
+    Nothing is copied to the host, so that it can be called inside `jit`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, sophia_optax
+      >>> tx = optax.chain(optax.clip_by_global_norm(1.0), sophia_optax.sophia_g(1e-3))
+      >>> print(sophia_optax.diagnostics(tx.init(jnp.ones(3))).refreshes)
+      0
+
+    Args:
+      opt_state: the state of an optimizer that has one Sophia in it: in a chain, under
+        `inject_hyperparams`, `masked`, `partition`, `MultiSteps` ...
+
+    Returns:
+      The scalars. (Under `vmap` over optimizers they have its axes.)
+
+    Raises:
+      ValueError: if there is no state of Sophia, or more than one.
+    """
+    nodes = jax.tree_util.tree_leaves_with_path(
+        opt_state, is_leaf=lambda node: isinstance(node, ScaleBySophiaState)
+    )
+    found = [(path, node) for path, node in nodes if isinstance(node, ScaleBySophiaState)]
+    if not found:
+        raise ValueError(
+            "The optimizer state holds no ScaleBySophiaState. Pass the state of an optimizer made "
+            "with sophia_h, sophia_g or scale_by_sophia."
+        )
+    if len(found) > 1:
+        names = ", ".join(jax.tree_util.keystr(path) for path, _ in found)
+        raise ValueError(
+            f"The optimizer state holds {len(found)} states of Sophia, at {names}. Pass the part "
+            "that has one."
+        )
+    ((_, state),) = found
+    return SophiaDiagnostics(state.count, state.refreshes, state.rejected, state.win_rate)

@@ -1,0 +1,221 @@
+"""Hutchinson's estimator of the diagonal of the Hessian (the H in Sophia-H).
+
+For a random vector u with E[u] = 0 and E[u uᵀ] = I, and H = ∇² L(θ), the estimate is u ⊙ (H u).
+
+It is unbiased: coordinate i is u_i Σ_j H_ij u_j, and E[u_i u_j] is 1 for i = j and 0 otherwise, so
+that the expectation is H_ii.
+
+Its variance, for coordinates of u that are independent with E[u_i⁴] = κ:
+
+    Var = (κ - 1) H_ii² + Σ_{j≠i} H_ij²
+
+Random signs (Rademacher) have κ = 1, the least there is, and a normal κ = 3. So Rademacher is the
+default, and it is exact where the Hessian is diagonal. The paper draws normals.
+
+The Hessian is never formed: H u is a derivative of the gradient in the direction u. Three ways to
+take it:
+
+    forward_over_reverse   jvp of the gradient. The default: about twice the memory of a gradient.
+    reverse_over_reverse   vjp of the gradient. For functions that have a vjp but no jvp, where the
+                           forward rule of that vjp can itself be differentiated.
+    finite_difference      central difference of two gradients. For kernels with a first derivative
+                           only; float32 arithmetic throughout.
+"""
+
+from collections.abc import Callable
+from typing import Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from sophia_optax import _checks, _trees
+from sophia_optax._types import HessianFn, LossFn, Params
+
+Distribution: TypeAlias = Literal["rademacher", "gaussian"]
+Mode: TypeAlias = Literal["forward_over_reverse", "reverse_over_reverse", "finite_difference"]
+
+_Leaves: TypeAlias = list[Array]
+_Gradient: TypeAlias = Callable[[_Leaves], _Leaves]
+
+
+def hutchinson(
+    loss_fn: LossFn,
+    params: Params,
+    *,
+    num_probes: int = 1,
+    probe_chunk: int = 1,
+    distribution: Distribution = "rademacher",
+    mode: Mode = "forward_over_reverse",
+) -> HessianFn:
+    """Estimates the diagonal of the Hessian of a loss from Hessian-vector products.
+
+    Nothing is computed until the result is called, which the transform does every
+    `update_interval`-th step.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, sophia_optax
+      >>> loss_fn = lambda params: jnp.sum(jnp.array([1.0, 2.0, 3.0]) * params["x"] ** 4)
+      >>> hessian_fn = sophia_optax.hutchinson(loss_fn, {"x": jnp.ones(3)})
+      >>> print(hessian_fn(jax.random.key(0)))
+      {'x': Array([12., 24., 36.], dtype=float32)}
+
+    Args:
+      loss_fn: params to the scalar loss, on a batch that it closes over (often a part of the
+        step's, see `curvature_batch`). It must be twice differentiable.
+      params: the whole params, a pytree with leaves of any shape. Leaves that are not floating
+        point stay as they are, and their estimate is zero.
+      num_probes: how many random vectors to average over; the variance falls as 1 / num_probes,
+        the cost grows with it. The default, 1, is the paper's.
+      probe_chunk: how many probes to map at the same time; it divides `num_probes`. Memory grows
+        with it.
+      distribution: "rademacher" (random signs) or "gaussian" (the paper's).
+      mode: how the Hessian-vector product is taken, see the top of this module.
+
+    Returns:
+      A `HessianFn`: from a PRNG key to a pytree with the structure and shapes of the params, in
+      float32, or wider where a parameter is.
+
+    Raises:
+      ValueError: if a number is out of its range or a name is unknown.
+    """
+    _checks.check_count("num_probes", num_probes)
+    _checks.check_count("probe_chunk", probe_chunk)
+    _checks.check_choice("distribution", distribution, ("rademacher", "gaussian"))
+    _checks.check_choice("mode", mode, tuple(_PRODUCTS))
+    if num_probes % probe_chunk:
+        raise ValueError(
+            f"probe_chunk is {probe_chunk}, which does not divide num_probes = {num_probes}. "
+            "Choose a divisor."
+        )
+    draw = _trees.random_signs if distribution == "rademacher" else _trees.random_normal
+
+    def hessian_fn(key: PRNGKeyArray, /) -> Params:
+        theta = _trees.differentiable(params)
+        gradient = jax.grad(lambda leaves: _scalar(loss_fn(theta.rebuild(leaves))))
+
+        def one_probe(key: PRNGKeyArray) -> _Leaves:
+            keys = jax.random.split(key, len(theta.leaves))
+            u = [draw(k, leaf) for k, leaf in zip(keys, theta.leaves, strict=True)]
+            hu = _product(mode, gradient, theta.leaves, u)
+            return [_multiply(a, b) for a, b in zip(u, hu, strict=True)]
+
+        if not theta.leaves:
+            return theta.fill([])
+        return theta.fill(_trees.mean_over_keys(one_probe, key, num_probes, probe_chunk))
+
+    return hessian_fn
+
+
+def _multiply(u: Float[Array, "..."], hu: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The product u ⊙ H u, in float32 at least."""
+    dtype = _trees.at_least_float32(u.dtype)
+    return u.astype(dtype) * hu.astype(dtype)
+
+
+def _scalar(loss: Array) -> Float[Array, ""]:
+    """Refuses a loss that is no scalar.
+
+    Args:
+      loss: what the loss function returned.
+
+    Returns:
+      The same.
+
+    Raises:
+      TypeError: if it is no scalar.
+    """
+    if jax.tree.structure(loss) != jax.tree.structure(0) or jnp.shape(loss) != ():
+        shapes = jax.tree.map(jnp.shape, loss)
+        raise TypeError(
+            f"loss_fn returned {shapes} (shapes), not a scalar. Reduce it to one number, and drop "
+            "auxiliary outputs: lambda params: loss_fn(params)[0]."
+        )
+    return loss
+
+
+def _forward_over_reverse(gradient: _Gradient, theta: _Leaves, u: _Leaves) -> _Leaves:
+    return jax.jvp(gradient, (theta,), (u,))[1]
+
+
+def _reverse_over_reverse(gradient: _Gradient, theta: _Leaves, u: _Leaves) -> _Leaves:
+    return jax.vjp(gradient, theta)[1](u)[0]
+
+
+def _finite_difference(gradient: _Gradient, theta: _Leaves, u: _Leaves) -> _Leaves:
+    """Central difference (∇L(θ + εu) - ∇L(θ - εu)) / 2ε.
+
+    The step balances rounding, which grows as 1/ε, with truncation, which grows as ε²: the cube
+    root of the machine epsilon, times the scale of the params, (1 + ‖θ‖) / ‖u‖.
+
+    Args:
+      gradient: the gradient as a function of the params.
+      theta: the params.
+      u: the probe.
+
+    Returns:
+      H u up to the error of the difference.
+    """
+    size = sum(leaf.size for leaf in theta)
+    norm = jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in theta))
+    machine_epsilon = max(float(jnp.finfo(leaf.dtype).eps) for leaf in theta)
+    step = machine_epsilon ** (1 / 3) * (1 + norm) / max(size, 1) ** 0.5
+
+    def gradient_at(sign: int) -> _Leaves:
+        moved = [t + (sign * step).astype(t.dtype) * d for t, d in zip(theta, u, strict=True)]
+        return gradient(moved)
+
+    return [
+        (above - below) / (2 * step).astype(above.dtype)
+        for above, below in zip(gradient_at(+1), gradient_at(-1), strict=True)
+    ]
+
+
+_PRODUCTS = {
+    "forward_over_reverse": _forward_over_reverse,
+    "reverse_over_reverse": _reverse_over_reverse,
+    "finite_difference": _finite_difference,
+}
+
+
+def _product(mode: Mode, gradient: _Gradient, theta: _Leaves, u: _Leaves) -> _Leaves:
+    """Takes the product H u in a mode, and says what to do where that can't work.
+
+    Args:
+      mode: one of `_PRODUCTS`.
+      gradient: the gradient as a function of the params.
+      theta: the params.
+      u: the probe.
+
+    Returns:
+      H u.
+
+    Raises:
+      NotImplementedError: if the loss has a gradient but not this second derivative.
+      TypeError: if finite differences would be taken in less than float32.
+    """
+    if mode == "finite_difference":
+        narrow = {str(t.dtype) for t in theta if _trees.at_least_float32(t.dtype) != t.dtype}
+        if narrow:
+            raise TypeError(
+                f'mode="finite_difference" was given {" and ".join(sorted(narrow))} params, whose '
+                "rounding drowns a difference of gradients. Keep the params in float32, or choose "
+                "another mode."
+            )
+    try:
+        return _PRODUCTS[mode](gradient, theta, u)
+    except Exception as error:
+        # If the gradient alone does not trace either, the fault is the loss's own: its error says
+        # more than ours could.
+        try:
+            jax.eval_shape(gradient, theta)
+        except Exception:
+            raise error from None
+        raise NotImplementedError(
+            f'mode="{mode}" cannot differentiate this loss twice, although its gradient exists; '
+            "the usual cause is a kernel with a hand-written derivative, such as cuDNN or Pallas "
+            "attention. Choose another mode ("
+            + ", ".join(f'"{other}"' for other in _PRODUCTS if other != mode)
+            + "), or give the curvature a loss with plain attention, or use gauss_newton_bartlett, "
+            "which needs first derivatives only."
+        ) from error

@@ -1,0 +1,275 @@
+"""What `jax.tree` and `optax.tree` lack: leaves that are not owned, and draws in a leaf's sharding.
+
+Sharding: under Explicit axes the sharding is part of an array's type, so what is drawn or made here
+asks for it. Under Auto axes the compiler propagates it, provided that there is something to
+propagate through. Either way nothing is made on one device and then moved.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AxisType, NamedSharding
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+
+def is_inexact(leaf: Any) -> bool:
+    """Whether a leaf is floating point: it can be differentiated, so it can have curvature."""
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+    return jnp.issubdtype(dtype, jnp.inexact)
+
+
+def at_least_float32(dtype: Any) -> jnp.dtype:
+    """The dtype to compute in: float32, or wider if the data is."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def explicit_sharding(leaf: Any) -> NamedSharding | None:
+    """The sharding that is part of a leaf's type, or None where the compiler decides."""
+    sharding = jax.typeof(leaf).sharding
+    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+
+
+def zeros_like(leaf: Any, dtype: Any) -> Array:
+    """Zeros of a leaf's shape and sharding, in a buffer of their own.
+
+    Inside `jit` under Auto axes, plain zeros depend on nothing, so that the compiler replicates
+    them. These depend on the leaf as far as the propagation of shardings sees; the selection
+    between zero and zero is folded away afterwards.
+
+    Args:
+      leaf: an array, or anything with a shape (abstract leaves give plain zeros).
+      dtype: the dtype of the zeros.
+
+    Returns:
+      An array of zeros.
+    """
+    zeros = jnp.zeros_like(leaf, dtype=dtype)
+    if not isinstance(leaf, jax.Array):
+        return zeros
+    return jax.lax.select(leaf != leaf, zeros, zeros)
+
+
+def random_signs(key: PRNGKeyArray, like: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Independent random signs (Rademacher) of an array's shape, dtype and sharding."""
+    return jax.random.rademacher(
+        key, jnp.shape(like), like.dtype, out_sharding=explicit_sharding(like)
+    )
+
+
+def random_normal(key: PRNGKeyArray, like: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Standard normals of an array's shape, dtype and sharding.
+
+    Args:
+      key: a PRNG key.
+      like: the array.
+
+    Returns:
+      The draw, made in float32 at least: jax draws a bfloat16 normal from 8 random bits.
+    """
+    dtype = at_least_float32(like.dtype)
+    draw = jax.random.normal(key, jnp.shape(like), dtype, out_sharding=explicit_sharding(like))
+    return draw.astype(like.dtype)
+
+
+class Differentiable(NamedTuple):
+    """The floating point leaves of a tree, and the way back to the tree."""
+
+    leaves: list[Array]
+    rebuild: Callable[[list[Array]], PyTree[Any]]
+    fill: Callable[[list[Array]], PyTree[Any]]
+
+
+def differentiable(params: PyTree[Any]) -> Differentiable:
+    """Takes the floating point leaves out of a tree.
+
+    Args:
+      params: a pytree with leaves of any kind.
+
+    Returns:
+      The leaves; `rebuild`, which puts others in their places and leaves the rest as it was; and
+      `fill`, which puts others in their places and float32 zeros everywhere else.
+
+    Raises:
+      TypeError: if a leaf is complex.
+    """
+    paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
+    for path, leaf in paths_and_leaves:
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
+            raise TypeError(
+                f"The parameter at {name_of(path)} is {jnp.result_type(leaf)}, and a diagonal of "
+                "the Hessian is defined for real parameters only. Split it into its real and "
+                "imaginary part."
+            )
+    leaves = [leaf for _, leaf in paths_and_leaves]
+    places = [i for i, leaf in enumerate(leaves) if is_inexact(leaf)]
+
+    def rebuild(chosen: list[Array]) -> PyTree[Any]:
+        new = list(leaves)
+        for place, leaf in zip(places, chosen, strict=True):
+            new[place] = leaf
+        return treedef.unflatten(new)
+
+    def fill(chosen: list[Array]) -> PyTree[Any]:
+        given = dict(zip(places, chosen, strict=True))
+        return treedef.unflatten(
+            given[i] if i in given else jnp.zeros(jnp.shape(leaf), jnp.float32)
+            for i, leaf in enumerate(leaves)
+        )
+
+    return Differentiable([jnp.asarray(leaves[i]) for i in places], rebuild, fill)
+
+
+def mean_over_keys(
+    draw: Callable[[PRNGKeyArray], list[Array]], key: PRNGKeyArray, num: int, chunk: int = 1
+) -> list[Array]:
+    """Averages independent draws, `chunk` of them at a time.
+
+    The chunks follow each other in a scan that carries their sum, so that memory does not grow with
+    `num`: measured on a scanned transformer, a plain vmap over 4 probes takes 5.7 times the memory
+    of a gradient.
+
+    Args:
+      draw: one draw, from a key to arrays.
+      key: a PRNG key; used as it is for a single draw, otherwise split.
+      num: how many draws to average.
+      chunk: how many to draw at the same time, by vmap; it divides `num`.
+
+    Returns:
+      The mean of the draws.
+    """
+    if num == 1:
+        return draw(key)
+
+    def add(total: list[Array], keys: PRNGKeyArray) -> tuple[list[Array], None]:
+        draws = jax.vmap(draw)(keys)
+        return [t + d.sum(axis=0) for t, d in zip(total, draws, strict=True)], None
+
+    keys = jax.random.split(key, num).reshape(num // chunk, chunk)
+    total, _ = jax.lax.scan(add, zeros_of(jax.eval_shape(draw, key)), keys)
+    return [t / num for t in total]
+
+
+def zeros_of(shapes: PyTree[jax.ShapeDtypeStruct]) -> PyTree[Array]:
+    """Zeros for the result of `jax.eval_shape`, in its shardings where those are of the type."""
+
+    def zeros(struct: jax.ShapeDtypeStruct) -> Array:
+        return jnp.zeros(struct.shape, struct.dtype, device=explicit_sharding(struct))
+
+    return jax.tree.map(zeros, shapes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Owned:
+    """The leaves that a transform moves: neither masked out nor None, and floating point.
+
+    `optax.masked` and `optax.partition` hand a transform trees in which a `MaskedNode` stands for
+    what it does not own, a leaf or a whole subtree, and gradients can be None.
+
+    Attributes:
+      paths: where the leaves of the tree are, absent and integer ones included.
+      treedef: the structure of the tree, with a leaf for each absent node.
+      places: which of the leaves are owned.
+      shapes: the shapes of those.
+    """
+
+    paths: tuple[Any, ...]
+    treedef: Any
+    places: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, tree: PyTree[Any]) -> "Owned":
+        """Finds the owned leaves of a tree of gradients."""
+        flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_absent)
+        leaves = [leaf for _, leaf in flat]
+        places = [i for i, x in enumerate(leaves) if not _is_absent(x) and is_inexact(x)]
+        shapes = tuple(jnp.shape(leaves[i]) for i in places)
+        return cls(tuple(path for path, _ in flat), treedef, tuple(places), shapes)
+
+    @property
+    def size(self) -> int:
+        """How many coordinates there are."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    def take(self, tree: PyTree[Any]) -> list[Any]:
+        """Returns the owned leaves of a tree that may hold more than is owned."""
+        leaves = self.treedef.flatten_up_to(tree)
+        return [leaves[place] for place in self.places]
+
+    def put(self, values: list[Array], tree: PyTree[Any]) -> PyTree[Any]:
+        """Replaces the owned leaves of a tree, each in the dtype of the one before."""
+        leaves = self.treedef.flatten_up_to(tree)
+        for place, value in zip(self.places, values, strict=True):
+            leaves[place] = value.astype(jnp.result_type(leaves[place]))
+        return self.treedef.unflatten(leaves)
+
+    def take_estimate(self, estimate: PyTree[Any]) -> list[Array]:
+        """Returns the owned leaves of an estimate for the whole params.
+
+        Args:
+          estimate: what a `HessianFn` returned.
+
+        Returns:
+          A leaf for each owned one, of its shape.
+
+        Raises:
+          TypeError: if a leaf is not real.
+          ValueError: if the structure or a shape differs.
+        """
+        try:
+            leaves = self.take(estimate)
+        except ValueError as error:
+            found = {path for path, _ in jax.tree_util.tree_leaves_with_path(estimate)}
+            missing = next((self.paths[i] for i in self.places if self.paths[i] not in found), ())
+            raise ValueError(
+                f"The estimate of hessian_fn has no leaf at {name_of(missing)}, where the "
+                "gradients have one. Let it return a pytree like the whole params; and leave "
+                "optax.flatten out, which hides their structure from the optimizer that it wraps."
+            ) from error
+        for place, shape, leaf in zip(self.places, self.shapes, leaves, strict=True):
+            name = name_of(self.paths[place])
+            dtype = jnp.result_type(leaf)
+            if jnp.issubdtype(dtype, jnp.complexfloating) or not jnp.issubdtype(dtype, jnp.number):
+                raise TypeError(
+                    f"The estimate of hessian_fn is {dtype} at {name}. Let it return real numbers."
+                )
+            if jnp.shape(leaf) != shape:
+                raise ValueError(
+                    f"The estimate of hessian_fn has shape {jnp.shape(leaf)} at {name}, where the "
+                    f"gradient has {shape}. Let it return a pytree with the shapes of the params."
+                )
+        return [jnp.asarray(leaf) for leaf in leaves]
+
+
+def _is_absent(node: Any) -> bool:
+    return node is None or isinstance(node, optax.MaskedNode)
+
+
+def name_of(path: tuple[Any, ...]) -> str:
+    """A path in a pytree as it is written in code; the root is `(root)`."""
+    return jax.tree_util.keystr(path) or "(root)"
+
+
+def is_masked(tree: PyTree[Any]) -> bool:
+    """Whether `optax.masked` or `optax.partition` has taken something out of a tree."""
+
+    def is_hole(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    return any(map(is_hole, jax.tree.leaves(tree, is_leaf=is_hole)))
+
+
+def like_gradients(updates: PyTree[Any], grads: PyTree[Any]) -> PyTree[Any]:
+    """Gives updates the dtypes of the gradients, and zeros where those are not floating point."""
+
+    def like(update: Any, grad: Any) -> Any:
+        if is_inexact(grad):
+            return update.astype(jnp.result_type(grad))
+        return grad if grad.dtype == jax.dtypes.float0 else jnp.zeros_like(grad)
+
+    return jax.tree.map(like, updates, grads)
