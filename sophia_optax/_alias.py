@@ -57,7 +57,7 @@ def sophia_h(
     Args:
       learning_rate: η, a number or an Optax schedule. With the clip at 1 it is the largest step of
         a coordinate. The paper takes 0.8 of AdamW's for GPT-2 sizes.
-      b1: decay of the momentum, in [0, 1). Default: the paper's.
+      b1: decay of the momentum, in [0, 1). Default: the authors' code's; the paper has 0.96.
       b2: decay of the curvature at each estimate, in [0, 1). Default: the paper's.
       eps: floor of the denominator, above 0. Default: the paper's.
       gamma: scale of the curvature, above 0. Default: the paper's for Sophia-H.
@@ -147,7 +147,7 @@ def sophia_g(
 
     Args:
       learning_rate: η, a number or an Optax schedule, see `sophia_h`.
-      b1: decay of the momentum, in [0, 1). Default: the paper's.
+      b1: decay of the momentum, in [0, 1). Default: the authors' code's; the paper has 0.96.
       b2: decay of the curvature at each estimate, in [0, 1). Default: the paper's.
       eps: floor of the denominator, above 0. Default: the paper's.
       gamma: scale of the curvature, above 0. Default: the paper's for Sophia-G.

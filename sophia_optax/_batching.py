@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from sophia_optax import _checks, _trees
 from sophia_optax._types import HessianFn, Params
@@ -60,7 +60,7 @@ def curvature_batch(batch: PyTree[Any], size: int) -> PyTree[Any]:
 def on_emit(
     hessian_fn: HessianFn,
     multi_steps_state: optax.MultiStepsState,
-    every_k: int | Callable[[Int[Array, ""]], Int[Array, ""]],
+    every_k: int | Callable[[Any], Any],
 ) -> HessianFn:
     """Makes one estimate a refresh under `optax.MultiSteps`.
 

@@ -9,7 +9,7 @@ import numbers
 from typing import Any
 
 
-def check_number(name: str, value: Any, low: float, high: float, interval: str) -> None:
+def check_number(name: str, value: Any, low: int | float, high: int | float, interval: str) -> None:
     """Checks that a number lies in an interval.
 
     Args:

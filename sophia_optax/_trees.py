@@ -224,13 +224,9 @@ class Owned:
         try:
             leaves = self.take(estimate)
         except ValueError as error:
-            found = {path for path, _ in jax.tree_util.tree_leaves_with_path(estimate)}
-            missing = next((self.paths[i] for i in self.places if self.paths[i] not in found), ())
-            raise ValueError(
-                f"The estimate of hessian_fn has no leaf at {name_of(missing)}, where the "
-                "gradients have one. Let it return a pytree like the whole params; and leave "
-                "optax.flatten out, which hides their structure from the optimizer that it wraps."
-            ) from error
+            raise ValueError(self._difference(estimate)) from error
+        if not all(map(jax.tree_util.all_leaves, ([leaf] for leaf in leaves))):
+            raise ValueError(self._difference(estimate))
         for place, shape, leaf in zip(self.places, self.shapes, leaves, strict=True):
             name = name_of(self.paths[place])
             dtype = jnp.result_type(leaf)
@@ -244,6 +240,21 @@ class Owned:
                     f"gradient has {shape}. Let it return a pytree with the shapes of the params."
                 )
         return [jnp.asarray(leaf) for leaf in leaves]
+
+    def _difference(self, estimate: PyTree[Any]) -> str:
+        """Says where the structure of an estimate is not that of the gradients."""
+        found = [path for path, _ in jax.tree_util.tree_leaves_with_path(estimate)]
+        missing = [self.paths[place] for place in self.places if self.paths[place] not in found]
+        extra = [path for path in found if not any(path[: len(p)] == p for p in self.paths)]
+        if missing:
+            where = f"no leaf at {name_of(missing[0])}, where the gradients have one"
+        else:
+            where = f"a leaf at {name_of(extra[0] if extra else ())}, where they have none"
+        return (
+            f"The estimate of hessian_fn does not match the gradients: it has {where}. Let it "
+            "return a pytree like the whole params; and leave optax.flatten out, which hides their "
+            "structure from the optimizer that it wraps."
+        )
 
 
 def _is_absent(node: Any) -> bool:
@@ -265,11 +276,21 @@ def is_masked(tree: PyTree[Any]) -> bool:
 
 
 def like_gradients(updates: PyTree[Any], grads: PyTree[Any]) -> PyTree[Any]:
-    """Gives updates the dtypes of the gradients, and zeros where those are not floating point."""
+    """Gives updates the dtypes of the gradients, and zeros where those are not floating point.
+
+    Args:
+      updates: a pytree like the gradients.
+      grads: the gradients. Those of integers with respect to which `jax.grad(..., allow_int=True)`
+        differentiated are float0, to which nothing can be added.
+
+    Returns:
+      The updates; zeros are of the integer's dtype, or int8 for float0.
+    """
 
     def like(update: Any, grad: Any) -> Any:
         if is_inexact(grad):
             return update.astype(jnp.result_type(grad))
-        return grad if grad.dtype == jax.dtypes.float0 else jnp.zeros_like(grad)
+        dtype = jnp.int8 if grad.dtype == jax.dtypes.float0 else grad.dtype
+        return jnp.zeros(jnp.shape(grad), dtype)
 
     return jax.tree.map(like, updates, grads)

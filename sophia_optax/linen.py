@@ -1,6 +1,6 @@
 """Flax linen: a `TrainState` whose `apply_gradients` reaches the optimizer's extra arguments."""
 
-from typing import Any, Self
+from typing import Any
 
 import optax
 from flax.training import train_state
@@ -38,7 +38,7 @@ class TrainState(train_state.TrainState):
         hessian_fn: HessianFn | None = None,
         refresh: bool | None = None,
         **kwargs: Any,
-    ) -> Self:
+    ) -> "TrainState":
         """Takes a step.
 
         Args:
