@@ -1,0 +1,122 @@
+"""What the package promises as a package: names, types, versions, and what it imports."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import sophia_optax
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "sophia_optax"
+ADAPTERS = {"nnx", "linen"}
+MODULES = sorted(PACKAGE.glob("*.py"))
+CORE = [path for path in MODULES if path.stem not in ADAPTERS]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+PUBLIC_NAMES = {
+    "HessianFn",
+    "Likelihood",
+    "ScaleBySophiaState",
+    "SophiaDiagnostics",
+    "bernoulli",
+    "categorical",
+    "curvature_batch",
+    "diagnostics",
+    "gauss_newton_bartlett",
+    "gaussian",
+    "hutchinson",
+    "on_emit",
+    "scale_by_sophia",
+    "sophia_g",
+    "sophia_h",
+}
+
+
+def imports(path: Path) -> set[str]:
+    """The modules that a file imports, wherever in it, as dotted names."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found
+
+
+def test_the_public_names_are_those_of_the_contract() -> None:
+    exported = {
+        alias.asname
+        for node in ast.parse((PACKAGE / "__init__.py").read_text()).body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert exported == PUBLIC_NAMES
+    assert all(hasattr(sophia_optax, name) for name in PUBLIC_NAMES)
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC_NAMES))
+def test_every_public_name_is_documented(name: str) -> None:
+    assert getattr(sophia_optax, name).__doc__
+
+
+def test_the_package_is_typed() -> None:
+    assert (PACKAGE / "py.typed").is_file()
+
+
+def test_versions_agree() -> None:
+    assert "version" in PROJECT["dynamic"], "the version is that of sophia_optax/__init__.py"
+    (cited,) = re.findall(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    released = re.findall(r"^## \[(\d\S+)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert sophia_optax.__version__ == cited == released[0]
+
+
+def test_the_dependencies_are_three() -> None:
+    names = {re.match(r"[\w-]+", requirement)[0] for requirement in PROJECT["dependencies"]}
+    assert names == {"jax", "optax", "jaxtyping"}
+
+
+def test_extras_are_those_that_the_readme_and_contributors_use() -> None:
+    extras = PROJECT["optional-dependencies"]
+    assert {"test", "examples", "notebooks", "docs", "tpu", "dev"} <= set(extras)
+    assert "sophia_optax[examples]" in extras["test"]
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda path: path.stem)
+def test_the_core_imports_jax_optax_jaxtyping_and_nothing_else(path: Path) -> None:
+    allowed = {"jax", "optax", "jaxtyping", "sophia_optax", *sys.stdlib_module_names}
+    assert {name.split(".")[0] for name in imports(path)} <= allowed
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_no_module_imports_the_package_that_imports_it(path: Path) -> None:
+    if path.stem != "__init__":
+        assert not imports(path) & {f"sophia_optax.{name}" for name in PUBLIC_NAMES}
+        assert "sophia_optax" not in imports(path)
+
+
+def test_nothing_imports_private_modules_of_jax_optax_or_flax() -> None:
+    folders = ("sophia_optax", "tests", "examples", "benchmarks", "notebooks")
+    for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
+        for name in imports(path):
+            package, *inner = name.split(".")
+            if package in {"jax", "jaxlib", "optax", "flax", "orbax", "grain"}:
+                assert not any(part.startswith("_") for part in inner), f"{path}: {name}"
+
+
+@pytest.mark.parametrize("folder", ["examples", "benchmarks", "notebooks"])
+def test_what_users_copy_imports_public_names_alone(folder: str) -> None:
+    for path in (ROOT / folder).rglob("*.py"):
+        for name in imports(path):
+            if name.startswith("sophia_optax."):
+                assert not name.split(".")[1].startswith("_"), f"{path}: {name}"
+
+
+def test_importing_the_library_does_not_import_flax() -> None:
+    code = "import sys, sophia_optax; sys.exit('flax' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
