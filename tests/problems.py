@@ -1,4 +1,4 @@
-"""Optimization targets as data: initial parameters, outputs, the loss, and when it counts as solved.
+"""Optimization targets as data: initial parameters, outputs, the loss, and what solves it.
 
 Every loss is the mean negative log-likelihood of fixed targets under the outputs, so the same
 problem serves Hutchinson (through `loss`) and Gauss-Newton-Bartlett (through `outputs`).

@@ -321,7 +321,7 @@ def test_multi_steps_is_one_step_on_the_mean_gradient(case: Case, dtype: Any) ->
     update = jax.jit(lambda g, s: multi.update(g, s, params, **extra_args))
     state = multi.init(params)
     for mini_step in range(every_k):
-        updates, state = update(jax.tree.map(lambda g: g * mini_step, grads), state)
+        updates, state = update(optax.tree.scale(mini_step, grads), state)
         if mini_step < every_k - 1:
             chex.assert_trees_all_equal(updates, jax.tree.map(jnp.zeros_like, params))
             assert sophia_state(state).count == 0

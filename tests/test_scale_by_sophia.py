@@ -1,4 +1,4 @@
-"""The laws of the transform: when h is refreshed, from what, in which dtype, and what errors say."""
+"""The laws of the transform: when h is refreshed, from what, in which dtype; what errors say."""
 
 import functools
 import math
@@ -127,10 +127,8 @@ def test_without_a_clip_threshold_nothing_is_clipped() -> None:
     expected = jax.tree.map(lambda g, h: g / jnp.maximum(0.01 * h, 1e-3), GRADS, HESSIAN)
     chex.assert_trees_all_close(updates, expected, rtol=1e-6)
     assert np.max(np.abs(updates["w"])) > 1
-    shares = [np.abs(x) < 1 for x in jax.tree.leaves(expected)]
-    assert float(state.win_rate) == pytest.approx(
-        np.concatenate(list(map(np.ravel, shares))).mean()
-    )
+    won = np.concatenate([np.ravel(np.abs(x) < 1) for x in jax.tree.leaves(expected)])
+    assert float(state.win_rate) == pytest.approx(won.mean())
 
 
 def test_negative_curvature_gives_a_sign_step_downhill() -> None:
@@ -467,9 +465,7 @@ def test_nu_is_float32_whatever_the_params_are_and_so_it_moves() -> None:
 
 
 def test_default_nu_of_bfloat16_params_is_float32() -> None:
-    state = sophia_optax.scale_by_sophia().init(
-        jax.tree.map(lambda x: x.astype("bfloat16"), PARAMS)
-    )
+    state = sophia_optax.scale_by_sophia().init(optax.tree.cast(PARAMS, jnp.bfloat16))
     chex.assert_trees_all_equal_dtypes(state.nu, PARAMS)
     assert state.mu["w"].dtype == jnp.bfloat16
 

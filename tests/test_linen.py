@@ -1,0 +1,162 @@
+"""The Flax linen adapter: a TrainState whose optimizer gets its extra arguments."""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import sophia_optax
+
+pytest.importorskip("flax.linen", reason="the linen adapter needs Flax")
+
+import flax.serialization
+from flax import linen
+from flax.training import train_state
+
+import sophia_optax.linen
+
+_rng = np.random.default_rng(0)
+INPUTS = jnp.asarray(_rng.normal(size=(32, 4)), jnp.float32)
+LABELS = jnp.asarray(np.argmax(INPUTS[:, :3], axis=-1))
+MODEL = linen.Dense(3)
+PARAMS = MODEL.init(jax.random.key(0), INPUTS)
+
+
+def logits_fn(params: Any) -> jax.Array:
+    return MODEL.apply(params, INPUTS)
+
+
+def loss_fn(params: Any) -> jax.Array:
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits_fn(params), LABELS))
+
+
+def create(tx: Any, **kwargs: Any) -> sophia_optax.linen.TrainState:
+    return sophia_optax.linen.TrainState.create(
+        apply_fn=MODEL.apply, params=PARAMS, tx=tx, **kwargs
+    )
+
+
+ESTIMATORS = {
+    "hutchinson": lambda params: sophia_optax.hutchinson(loss_fn, params),
+    "gauss_newton_bartlett": lambda params: sophia_optax.gauss_newton_bartlett(logits_fn, params),
+}
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_train_state_takes_the_steps_of_plain_optax(name: str) -> None:
+    tx = sophia_optax.sophia_g(2e-2, update_interval=2)
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def step(state: Any) -> Any:
+        grads = jax.grad(loss_fn)(state.params)
+        return state.apply_gradients(grads=grads, hessian_fn=ESTIMATORS[name](state.params))
+
+    @jax.jit
+    def plain_step(params: Any, opt_state: Any) -> Any:
+        grads = jax.grad(loss_fn)(params)
+        updates, opt_state = tx.update(
+            grads, opt_state, params, hessian_fn=ESTIMATORS[name](params)
+        )
+        return optax.apply_updates(params, updates), opt_state
+
+    chex.clear_trace_counter()
+    state, carry = create(tx), (PARAMS, tx.init(PARAMS))
+    for _ in range(5):
+        state, carry = step(state), plain_step(*carry)
+    chex.assert_trees_all_close((state.params, state.opt_state), carry, rtol=1e-5, atol=1e-7)
+    assert state.step == 5
+    assert state.tx is tx
+    assert sophia_optax.diagnostics(state.opt_state).refreshes == 3
+    assert loss_fn(state.params) < loss_fn(PARAMS)
+
+
+@pytest.mark.parametrize("refresh", (True, False))
+def test_refresh_reaches_the_optimizer(refresh: bool) -> None:
+    state = create(sophia_optax.sophia_g(1e-2)).apply_gradients(
+        grads=PARAMS, hessian_fn=lambda key: PARAMS, refresh=refresh
+    )
+    assert sophia_optax.diagnostics(state.opt_state).refreshes == int(refresh)
+
+
+def test_it_is_flaxs_train_state_and_takes_optimizers_without_extra_arguments() -> None:
+    state = create(optax.sgd(0.1))
+    assert isinstance(state, train_state.TrainState)
+    flaxs = train_state.TrainState.create(apply_fn=MODEL.apply, params=PARAMS, tx=optax.sgd(0.1))
+    chex.assert_trees_all_equal(
+        state.apply_gradients(grads=PARAMS).params, flaxs.apply_gradients(grads=PARAMS).params
+    )
+
+
+class StateWithStatistics(sophia_optax.linen.TrainState):
+    """As users of BatchNorm extend Flax's own."""
+
+    batch_stats: Any = None
+
+
+class Normed(linen.Module):
+    """A network with statistics and dropout."""
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = linen.BatchNorm(use_running_average=False)(linen.Dense(8)(x))
+        return linen.Dense(3)(linen.Dropout(0.2, deterministic=False)(jnp.tanh(x)))
+
+
+def test_other_fields_are_replaced_as_in_flax() -> None:
+    """BatchNorm and Dropout inside the curvature loss, statistics carried in a field."""
+    model = Normed()
+    variables = model.init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, INPUTS)
+    state = StateWithStatistics.create(
+        apply_fn=model.apply,
+        params=variables["params"],
+        tx=sophia_optax.sophia_h(2e-2, b1=0.9, update_interval=3),
+        batch_stats=variables["batch_stats"],
+    )
+
+    @jax.jit
+    def step(state: Any) -> Any:
+        def loss_and_stats(params: Any) -> Any:
+            logits, changed = state.apply_fn(
+                {"params": params, "batch_stats": state.batch_stats},
+                INPUTS,
+                mutable=["batch_stats"],
+                rngs={"dropout": jax.random.fold_in(jax.random.key(2), state.step)},
+            )
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, LABELS)
+            return jnp.mean(losses), changed["batch_stats"]
+
+        (loss, batch_stats), grads = jax.value_and_grad(loss_and_stats, has_aux=True)(state.params)
+        hessian_fn = sophia_optax.hutchinson(lambda p: loss_and_stats(p)[0], state.params)
+        return state.apply_gradients(
+            grads=grads, hessian_fn=hessian_fn, batch_stats=batch_stats
+        ), loss
+
+    losses = []
+    for _ in range(30):
+        state, loss = step(state)
+        losses.append(float(loss))
+    assert np.mean(losses[-5:]) < 0.7 * losses[0]
+    assert sophia_optax.diagnostics(state.opt_state).refreshes == 10
+    changed = jax.tree.map(
+        lambda a, b: bool(jnp.any(a != b)), state.batch_stats, variables["batch_stats"]
+    )
+    assert all(jax.tree.leaves(changed))
+
+
+def test_a_missing_estimator_is_the_transforms_own_error() -> None:
+    with pytest.raises(ValueError, match="hessian_fn"):
+        create(sophia_optax.sophia_h(1e-2)).apply_gradients(grads=PARAMS)
+
+
+def test_the_train_state_can_be_saved_and_restored() -> None:
+    state = create(sophia_optax.sophia_g(1e-2)).apply_gradients(
+        grads=PARAMS, hessian_fn=lambda key: PARAMS
+    )
+    saved = flax.serialization.to_bytes(state)
+    restored = flax.serialization.from_bytes(create(sophia_optax.sophia_g(1e-2)), saved)
+    chex.assert_trees_all_equal(restored, state)
