@@ -8,10 +8,12 @@ import hypothesis
 import jax
 from jaxtyping import install_import_hook
 
+from tests import typechecking
+
 jax.config.update("jax_num_cpu_devices", 8)
 
 # From here on, importing the library checks its annotations, shapes included, on every call.
-install_import_hook("sophia_optax", "beartype.beartype")
+install_import_hook("sophia_optax", f"{typechecking.__name__}.typechecker")
 
 hypothesis.settings.register_profile(
     "sophia_optax",
