@@ -23,7 +23,8 @@ take it:
 """
 
 from collections.abc import Callable
-from typing import Literal, TypeAlias
+from functools import partial
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -178,6 +179,16 @@ _PRODUCTS = {
 }
 
 
+def _primitives(jaxpr: Any) -> set[str]:
+    """The names of the primitives in a jaxpr and in those within it."""
+    if isinstance(jaxpr, tuple | list):
+        return set().union(*map(_primitives, jaxpr))
+    if not hasattr(jaxpr, "eqns"):
+        return set()
+    inner = (_primitives(value) for eqn in jaxpr.eqns for value in eqn.params.values())
+    return {eqn.primitive.name for eqn in jaxpr.eqns}.union(*inner)
+
+
 def _product(mode: Mode, gradient: _Gradient, theta: _Leaves, u: _Leaves) -> _Leaves:
     """Takes the product H u in a mode, and says what to do where that can't work.
 
@@ -202,8 +213,13 @@ def _product(mode: Mode, gradient: _Gradient, theta: _Leaves, u: _Leaves) -> _Le
                 "rounding drowns a difference of gradients. Keep the params in float32, or choose "
                 "another mode."
             )
+    product = jax.jit(partial(_PRODUCTS[mode], gradient))
     try:
-        return _PRODUCTS[mode](gradient, theta, u)
+        # A forward rule that calls its own function makes jax put the error off until the program
+        # is compiled, by a primitive that has no rule for it.
+        if "custom_lin" in _primitives(product.trace(theta, u).jaxpr):
+            raise TypeError("the forward rule of a custom_vjp has no jvp")
+        return product(theta, u)
     except Exception as error:
         # If the gradient alone does not trace either, the fault is the loss's own: its error says
         # more than ours could.

@@ -148,8 +148,8 @@ def scale_by_sophia(
     clip = None if clip_threshold is None else _wide(clip_threshold)
     log_b2 = jnp.log(b2) if isinstance(b2, jax.Array) else math.log(b2) if b2 else -math.inf
 
-    def momentum(g: Any, m: Array) -> Array:
-        return b1 * _wide(m) + (1 - b1) * jnp.asarray(g, _wide(m).dtype)
+    def momentum(g: Any, m: Array, decay: Scalar) -> Array:
+        return decay * _wide(m) + (1 - b1) * jnp.asarray(g, _wide(m).dtype)
 
     def denominator(h: Array, refreshes: Int[Array, ""]) -> Array:
         scale = gamma
@@ -203,7 +203,7 @@ def scale_by_sophia(
                 bound = denominator(h, refreshes) * (
                     1 if clip_threshold is None else clip_threshold
                 )
-                won = (jnp.abs(momentum(g, m)) < bound).astype(jnp.float32)
+                won = (jnp.abs(momentum(g, m, b1)) < bound).astype(jnp.float32)
                 unclipped += jnp.sum(jnp.where(jnp.isfinite(h), won, jnp.nan))
             accepted = ~jnp.isnan(unclipped)
             return (
@@ -219,10 +219,14 @@ def scale_by_sophia(
         if refresh is None:
             due = state.count % jnp.asarray(update_interval, jnp.int32) == 0
             hs, refreshes, rejected, win_rate = jax.lax.cond(due, refreshed, kept)
+            # Let m wait for the refresh, which reads the old one: XLA for CPU would otherwise write
+            # the new m first, and copy the old one for that.
+            decay = jnp.where(refreshes < 0, 0.0, b1)
         else:
             hs, refreshes, rejected, win_rate = refreshed() if refresh else kept()
+            decay = b1
 
-        ms = [momentum(g, m) for g, m in zip(gs, ms, strict=True)]
+        ms = [momentum(g, m, decay) for g, m in zip(gs, ms, strict=True)]
         us = [m / denominator(h, refreshes) for m, h in zip(ms, hs, strict=True)]
         if clip is not None:
             us = [jnp.clip(u, -clip, clip) for u in us]

@@ -3,6 +3,7 @@
 from typing import Any
 
 import optax
+from flax import struct
 from flax.training import train_state
 
 from sophia_optax._types import HessianFn
@@ -30,6 +31,8 @@ class TrainState(train_state.TrainState):
       >>> print(state.step)
       1
     """
+
+    params: Any = struct.field(pytree_node=True)  # Flax says FrozenDict; linen makes plain dicts.
 
     def apply_gradients(
         self,
