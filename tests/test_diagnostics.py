@@ -1,4 +1,4 @@
-"""`diagnostics`: found in whatever an optimizer state is nested in, or an error that says why not."""
+"""`diagnostics`: found in whatever a state is nested in, or an error that says why it is not."""
 
 from collections.abc import Callable
 from typing import Any
@@ -29,7 +29,7 @@ NESTINGS: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("nesting", NESTINGS)
 def test_found_in_any_nesting(nesting: str) -> None:
-    """After a good estimate and a broken one: two updates, one refresh, half the coordinates won."""
+    """After a good and a broken estimate: two updates, one refresh, half the coordinates won."""
     tx = NESTINGS[nesting](
         sophia_optax.sophia_h(1e-2, b1=0.0, b2=0.0, gamma=1.0, update_interval=1)
     )
