@@ -1,6 +1,6 @@
 """Checks of arguments: one sentence of fact, one of remedy.
 
-Only numbers are checked, Python's and NumPy's. Arrays and tracers pass, so that a schedule through
+Only Python's and NumPy's numbers are checked. Arrays of jax and tracers pass, so that a schedule through
 `optax.inject_hyperparams` costs nothing and nothing waits for a device.
 """
 
@@ -8,13 +8,15 @@ import math
 import numbers
 from typing import Any
 
+import jax
+
 
 def check_number(name: str, value: Any, low: int | float, high: int | float, interval: str) -> None:
     """Checks that a number lies in an interval.
 
     Args:
       name: what the argument is called.
-      value: a number, or an array or a tracer, which pass.
+      value: a number, or an array of jax, which passes, traced or not.
       low: the lower end.
       high: the upper end.
       interval: the interval as text, e.g. `"[0, 1)"`; its brackets say which ends belong to it.
@@ -28,10 +30,12 @@ def check_number(name: str, value: Any, low: int | float, high: int | float, int
             f"{name} is a callable ({value!r}), but only learning_rate takes a schedule directly. "
             f"Wrap the optimizer: optax.inject_hyperparams(sophia_h)(..., {name}=schedule)."
         )
-    if isinstance(value, bool | str | bytes) or value is None:
-        raise TypeError(f"{name} is {value!r}. Pass a number in {interval} or a scalar array.")
-    if not isinstance(value, numbers.Real):
+    if isinstance(value, jax.Array):
         return
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} is {value!r}. Pass a number in {interval} or a scalar array.")
     number = float(value)
     above = number >= low if interval[0] == "[" else number > low
     below = number <= high if interval[-1] == "]" else number < high
@@ -44,14 +48,14 @@ def check_count(name: str, value: Any) -> None:
 
     Args:
       name: what the argument is called.
-      value: a number, or an array or a tracer, which pass.
+      value: a number, or an array of jax, which passes, traced or not.
 
     Raises:
       TypeError: if the value is callable or not a number at all.
       ValueError: if the number is below one or has a fraction.
     """
     check_number(name, value, 1, math.inf, "[1, ∞)")
-    if isinstance(value, numbers.Real) and float(value) % 1:
+    if not isinstance(value, jax.Array) and float(value) % 1:
         raise ValueError(f"{name} is {value!r}. It must be a whole number of at least 1.")
 
 

@@ -36,14 +36,17 @@ class Categorical:
     def sample_residual(
         self, key: PRNGKeyArray, logits: Float[Array, "*batch V"], /
     ) -> Float[Array, "*batch V"]:
-        """Returns softmax(z) - onehot(ŷ), ŷ drawn by the Gumbel trick in the logits' sharding."""
+        """Returns softmax(z) - onehot(ŷ), ŷ = argmax(z + Gumbel noise).
+
+        The maximum is compared with, not looked up: where the classes are sharded, that is one
+        number to communicate for a prediction, and the one-hot array never leaves its shard. (Two
+        classes tie once in about a million draws, and then both count.)
+        """
         sharding = _trees.explicit_sharding(logits)
         gumbel = jax.random.gumbel(key, logits.shape, logits.dtype, out_sharding=sharding)
-        labels = jnp.argmax(logits + gumbel, axis=-1, keepdims=True)
-        classes = jax.lax.broadcasted_iota(
-            labels.dtype, logits.shape, logits.ndim - 1, out_sharding=sharding
-        )
-        return jax.nn.softmax(logits) - (classes == labels).astype(logits.dtype)
+        scores = logits + gumbel
+        one_hot = scores == jnp.max(scores, axis=-1, keepdims=True)
+        return jax.nn.softmax(logits) - one_hot.astype(logits.dtype)
 
     def sample_factor(
         self, key: PRNGKeyArray, logits: Float[Array, "*batch V"], /

@@ -148,7 +148,7 @@ def scale_by_sophia(
     clip = None if clip_threshold is None else _wide(clip_threshold)
     log_b2 = jnp.log(b2) if isinstance(b2, jax.Array) else math.log(b2) if b2 else -math.inf
 
-    def momentum(g: Any, m: Array, decay: Scalar) -> Array:
+    def momentum(g: Any, m: Array, decay: Any) -> Array:
         return decay * _wide(m) + (1 - b1) * jnp.asarray(g, _wide(m).dtype)
 
     def denominator(h: Array, refreshes: Int[Array, ""]) -> Array:

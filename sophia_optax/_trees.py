@@ -51,7 +51,7 @@ def zeros_like(leaf: Any, dtype: Any) -> Array:
     zeros = jnp.zeros_like(leaf, dtype=dtype)
     if not isinstance(leaf, jax.Array):
         return zeros
-    return jax.lax.select(leaf != leaf, zeros, zeros)
+    return jnp.where(leaf != leaf, zeros, jnp.zeros((), dtype))
 
 
 def random_signs(key: PRNGKeyArray, like: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -7,10 +7,11 @@ to bring their own output distribution to `gauss_newton_bartlett`.
 from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-Scalar: TypeAlias = int | float | Array
-"""A hyperparameter: a number, or a scalar array, which may be traced."""
+Scalar: TypeAlias = ArrayLike
+"""A hyperparameter: a real number, or a scalar array, which may be traced."""
 
 Params: TypeAlias = PyTree[Any]
 """A pytree of parameters. Leaves that are not floating point have no curvature."""
