@@ -1,0 +1,1 @@
+"""What one can do with sophia_optax, as programs."""

@@ -1,0 +1,1 @@
+"""A language model trainer in plain JAX: config, data, model, mesh, optimizers, train."""

@@ -1,0 +1,171 @@
+"""Everything that can be set, as frozen dataclasses: their fields are the command line's flags."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+class UsageError(Exception):
+    """The user asked for something that cannot be: one sentence for them, no traceback."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A GPT-2: pre-norm, learned positions, GELU, biases, tied embeddings.
+
+    Attributes:
+      layers: transformer blocks.
+      width: features of the residual stream.
+      heads: attention heads, each of width / heads features.
+      context: the longest sequence, in tokens.
+      vocab_size: tokens that exist; None takes the tokenizer's.
+      init_scale: standard deviation of the initial weights.
+    """
+
+    layers: int
+    width: int
+    heads: int
+    context: int
+    vocab_size: int | None = None
+    init_scale: float = 0.02
+
+
+MODELS = {
+    "tiny": ModelConfig(layers=2, width=64, heads=4, context=128, init_scale=0.06),
+    "gpt2-124m": ModelConfig(layers=12, width=768, heads=12, context=1024, vocab_size=50257),
+    "gpt2-355m": ModelConfig(layers=24, width=1024, heads=16, context=1024, vocab_size=50257),
+    "gpt2-774m": ModelConfig(layers=36, width=1280, heads=20, context=1024, vocab_size=50257),
+    "gpt2-1.5b": ModelConfig(layers=48, width=1600, heads=25, context=1024, vocab_size=50257),
+}
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How many devices lie along each axis of the mesh; one of them may be -1, for "the rest".
+
+    Attributes:
+      data: replicas of the params, each with its share of the batch.
+      fsdp: shards of the params, each with its share of the batch too.
+      tensor: shards of heads and hidden features, all with the same share of the batch.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """What the optimizers are built from. None stands for the optimizer's own default.
+
+    Attributes:
+      learning_rate: the peak of the schedule.
+      b1: decay of the gradient's average.
+      b2: decay of the second moment's, or of the curvature's, average.
+      gamma: Sophia's scale of the curvature. Raise it when the win rate is below 0.1.
+      weight_decay: decoupled, on matrices alone.
+      warmup: the share of the run in which the rate rises from 0 to its peak.
+      update_interval: steps from one curvature estimate to the next.
+      clip_norm: the largest global norm of a gradient.
+    """
+
+    learning_rate: float | None = None
+    b1: float | None = None
+    b2: float | None = None
+    gamma: float | None = None
+    weight_decay: float | None = None
+    warmup: float | None = None
+    update_interval: int = 10
+    clip_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run, but for the optimizer.
+
+    Attributes:
+      model: a name in `MODELS`.
+      data: where the text comes from: "stdlib", the sources of the running Python's library.
+      steps: optimizer steps.
+      batch_size: sequences in a step, over all devices and microbatches.
+      accumulate: microbatches that a step is cut into, to save memory.
+      curvature_batch: sequences that a curvature estimate sees; half the batch if left out.
+      refresh: "cond" branches on the device; "host" compiles two steps and picks one.
+      remat: recompute each block's activations in the backward pass, to save memory.
+      attention: XLA's own, or cuDNN's fused kernel.
+      mesh: the devices' layout.
+      seed: of the params, the order of the data and the curvature's noise.
+      eval_interval: steps from one validation to the next.
+      eval_batches: batches in a validation.
+      log_interval: steps from one logged line to the next.
+      out: where results go; runs/<time>-<command> if left out.
+    """
+
+    model: str = "tiny"
+    data: str = "stdlib"
+    steps: int = 1500
+    batch_size: int = 16
+    accumulate: int = 1
+    curvature_batch: int | None = None
+    refresh: Literal["cond", "host"] = "cond"
+    remat: bool = False
+    attention: Literal["xla", "cudnn"] = "xla"
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    seed: int = 0
+    eval_interval: int = 100
+    eval_batches: int = 16
+    log_interval: int = 10
+    out: str | None = None
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig, Hyperparameters):
+    """One training run with one optimizer.
+
+    Attributes:
+      optimizer: a name in `optimizers.OPTIMIZERS`.
+    """
+
+    optimizer: str = "sophia_g"
+
+
+@dataclass(frozen=True)
+class CompareConfig(RunConfig):
+    """The same run once for each optimizer, on the same batches.
+
+    Attributes:
+      optimizers: names in `optimizers.OPTIMIZERS`.
+    """
+
+    optimizers: tuple[str, ...] = ("adamw", "sophia_g", "sophia_h")
+
+
+def lookup(table: dict[str, Any], name: str, kind: str) -> Any:
+    """Returns `table[name]`, or tells the user which names there are."""
+    if name not in table:
+        raise UsageError(f"There is no {kind} {name!r}. Choose one of: {', '.join(table)}.")
+    return table[name]
+
+
+def model_config(config: RunConfig, vocab_size: int) -> ModelConfig:
+    """The run's model, with the tokenizer's vocabulary where the preset leaves it open."""
+    preset = lookup(MODELS, config.model, "model")
+    if preset.vocab_size is None:
+        return dataclasses.replace(preset, vocab_size=vocab_size)
+    if preset.vocab_size < vocab_size:
+        raise UsageError(
+            f"{config.model} knows {preset.vocab_size} tokens and the data has {vocab_size}. "
+            "Choose a smaller vocabulary or another model."
+        )
+    return preset
+
+
+def curvature_size(config: RunConfig) -> int:
+    """How many sequences a curvature estimate sees."""
+    return config.batch_size // 2 if config.curvature_batch is None else config.curvature_batch
+
+
+def for_optimizer(config: CompareConfig, optimizer: str) -> TrainConfig:
+    """One of the runs that a comparison is made of."""
+    shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(RunConfig)}
+    return TrainConfig(**shared, optimizer=optimizer)

@@ -1,0 +1,146 @@
+"""A decoder-only transformer, GPT-2's, in Flax NNX: one block's code, scanned over the layers.
+
+Names end in their axes: B batch, L length, D width, H heads, K features of a head, F hidden
+features, V vocabulary. Params are float32; `compute_dtype` is what they are multiplied in.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from examples.lm.config import ModelConfig
+from examples.lm.mesh import constrain
+
+
+def compute_dtype(platform: str | None = None) -> DTypeLike:
+    """bfloat16 where the hardware has it."""
+    return jnp.float32 if (platform or jax.default_backend()) == "cpu" else jnp.bfloat16
+
+
+def normal(rngs: nnx.Rngs, scale: float, **axes: int) -> nnx.Param:
+    """A parameter drawn from N(0, scale²); the keywords name its axes and give their sizes."""
+    value = scale * jax.random.normal(rngs.params(), tuple(axes.values()))
+    return nnx.Param(value, axes=tuple(axes))
+
+
+def constant(fill: float, **axes: int) -> nnx.Param:
+    """A parameter that starts at `fill`."""
+    return nnx.Param(jnp.full(tuple(axes.values()), fill), axes=tuple(axes))
+
+
+class LayerNorm(nnx.Module):
+    """Zero mean and unit variance over the features, computed in float32, then an affine map."""
+
+    def __init__(self, **axes: int):
+        self.scale = constant(1.0, **axes)
+        self.bias = constant(0.0, **axes)
+
+    def __call__(self, x_BxLxD: jax.Array) -> jax.Array:
+        x = x_BxLxD.astype(jnp.float32)
+        mean = x.mean(axis=-1, keepdims=True)
+        variance = jnp.square(x - mean).mean(axis=-1, keepdims=True)
+        normalized = (x - mean) * jax.lax.rsqrt(variance + 1e-5)
+        return (normalized * self.scale[...] + self.bias[...]).astype(x_BxLxD.dtype)
+
+
+class Block(nnx.Module):
+    """All the blocks at once: each parameter has the layers as its first axis.
+
+    Calling it needs one layer's slice of them; `Transformer` scans over those.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        n, d, h = config.layers, config.width, config.heads
+        k, f = d // h, 4 * d
+        scale, residual_scale = config.init_scale, config.init_scale / (2 * n) ** 0.5
+        heads = {"heads": h, "head_features": k}
+        self.norm_1 = LayerNorm(layers=n, embed=d)
+        self.query = normal(rngs, scale, layers=n, embed=d, **heads)
+        self.key = normal(rngs, scale, layers=n, embed=d, **heads)
+        self.value = normal(rngs, scale, layers=n, embed=d, **heads)
+        self.query_bias = constant(0.0, layers=n, **heads)
+        self.key_bias = constant(0.0, layers=n, **heads)
+        self.value_bias = constant(0.0, layers=n, **heads)
+        self.out = normal(rngs, residual_scale, layers=n, **heads, embed=d)
+        self.out_bias = constant(0.0, layers=n, embed=d)
+        self.norm_2 = LayerNorm(layers=n, embed=d)
+        self.up = normal(rngs, scale, layers=n, embed=d, mlp=f)
+        self.up_bias = constant(0.0, layers=n, mlp=f)
+        self.down = normal(rngs, residual_scale, layers=n, mlp=f, embed=d)
+        self.down_bias = constant(0.0, layers=n, embed=d)
+
+    def __call__(self, x_BxLxD: jax.Array, attention: str) -> jax.Array:
+        x = x_BxLxD + self.attend(self.norm_1(x_BxLxD), attention)
+        return x + self.mlp(self.norm_2(x))
+
+    def attend(self, x_BxLxD: jax.Array, attention: str) -> jax.Array:
+        dtype = x_BxLxD.dtype
+
+        def project(weights: nnx.Param, bias: nnx.Param) -> jax.Array:
+            y = jnp.einsum("BLD,DHK->BLHK", x_BxLxD, weights[...].astype(dtype))
+            return y + bias[...].astype(dtype)
+
+        attended_BxLxHxK = jax.nn.dot_product_attention(
+            project(self.query, self.query_bias),
+            project(self.key, self.key_bias),
+            project(self.value, self.value_bias),
+            is_causal=True,
+            implementation=attention,
+        )
+        y_BxLxD = jnp.einsum("BLHK,HKD->BLD", attended_BxLxHxK, self.out[...].astype(dtype))
+        return y_BxLxD + self.out_bias[...].astype(dtype)
+
+    def mlp(self, x_BxLxD: jax.Array) -> jax.Array:
+        dtype = x_BxLxD.dtype
+        hidden_BxLxF = x_BxLxD @ self.up[...].astype(dtype) + self.up_bias[...].astype(dtype)
+        hidden_BxLxF = jax.nn.gelu(hidden_BxLxF)
+        return hidden_BxLxF @ self.down[...].astype(dtype) + self.down_bias[...].astype(dtype)
+
+
+class Transformer(nnx.Module):
+    """Tokens to logits of the next ones."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        d, scale = config.width, config.init_scale
+        self.embedding = normal(rngs, scale, vocab=config.vocab_size, embed=d)
+        self.positions = normal(rngs, scale, position=config.context, embed=d)
+        self.blocks = Block(config, rngs)
+        self.norm = LayerNorm(embed=d)
+
+    def __call__(
+        self,
+        tokens_BxL: jax.Array,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        attention: str = "xla",
+        remat: bool = False,
+        mesh: Mesh | None = None,
+    ) -> jax.Array:
+        """Returns float32 logits, `[B, L, V]`: position l sees tokens 0 to l."""
+        length = tokens_BxL.shape[1]
+        x_BxLxD = self.embedding[...].astype(dtype)[tokens_BxL]
+        x_BxLxD += self.positions[...].astype(dtype)[:length]
+
+        structure, layers = nnx.split(self.blocks)
+
+        def layer(x_BxLxD: jax.Array, params: nnx.State) -> tuple[jax.Array, None]:
+            x_BxLxD = constrain(x_BxLxD, mesh, "batch", "length", "features")
+            return nnx.merge(structure, params)(x_BxLxD, attention), None
+
+        x_BxLxD, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x_BxLxD, layers)
+        x_BxLxD = self.norm(x_BxLxD)
+        logits_BxLxV = jnp.einsum(
+            "BLD,VD->BLV",
+            x_BxLxD,
+            self.embedding[...].astype(dtype),
+            preferred_element_type=jnp.float32,
+        )
+        return constrain(logits_BxLxV, mesh, "batch", "length", "vocab")
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """How many numbers the model learns."""
+    model = nnx.eval_shape(lambda: Transformer(config, nnx.Rngs(0)))
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))

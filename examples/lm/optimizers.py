@@ -1,0 +1,152 @@
+"""The optimizers by name: how each is built, the curvature it asks for, its defaults."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import optax
+import sophia_optax
+from examples.lm.config import Hyperparameters, TrainConfig, lookup
+
+Params = Any
+Batch = jax.Array
+
+
+@dataclass(frozen=True)
+class Forward:
+    """The model as functions of its params: what an estimator differentiates.
+
+    Attributes:
+      logits: (params, tokens [B, L]) -> [B, L, V].
+      loss: (params, windows [B, L + 1]) -> scalar.
+    """
+
+    logits: Callable[[Params, jax.Array], jax.Array]
+    loss: Callable[[Params, Batch], jax.Array]
+
+
+def no_curvature(forward: Forward, params: Params, batch: Batch) -> dict[str, Any]:
+    """For optimizers that take gradients alone."""
+    return {}
+
+
+def gauss_newton(forward: Forward, params: Params, batch: Batch) -> dict[str, Any]:
+    """Sophia-G's: one backward pass from labels that the model itself drew."""
+    inputs = batch[:, :-1]
+    return {
+        "hessian_fn": sophia_optax.gauss_newton_bartlett(
+            lambda p: forward.logits(p, inputs), params
+        )
+    }
+
+
+def hutchinson(forward: Forward, params: Params, batch: Batch) -> dict[str, Any]:
+    """Sophia-H's: one Hessian-vector product."""
+    return {"hessian_fn": sophia_optax.hutchinson(lambda p: forward.loss(p, batch), params)}
+
+
+def is_matrix(params: Params) -> Params:
+    """True for the params that weight decay is for: all but biases and norms' scales."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: not any(n in jax.tree_util.keystr(path) for n in ("bias", "scale")), params
+    )
+
+
+def adamw(h: Hyperparameters, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """AdamW."""
+    return optax.adamw(schedule, h.b1, h.b2, weight_decay=h.weight_decay, mask=is_matrix)
+
+
+def sophia_g(h: Hyperparameters, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Sophia with the Gauss-Newton-Bartlett estimator."""
+    return sophia_optax.sophia_g(
+        schedule,
+        b1=h.b1,
+        b2=h.b2,
+        gamma=h.gamma,
+        update_interval=h.update_interval,
+        weight_decay=h.weight_decay,
+        mask=is_matrix,
+    )
+
+
+def sophia_h(h: Hyperparameters, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Sophia with Hutchinson's estimator."""
+    return sophia_optax.sophia_h(
+        schedule,
+        b1=h.b1,
+        b2=h.b2,
+        gamma=h.gamma,
+        update_interval=h.update_interval,
+        weight_decay=h.weight_decay,
+        mask=is_matrix,
+    )
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """A row of the table.
+
+    Attributes:
+      build: the transformation, from hyperparameters and a schedule.
+      extra_args: what its `update` takes beside the gradients.
+      tiny: the hyperparameters for the tiny model, tuned for every optimizer alike (tune.py).
+      large: those for GPT-2, from the paper.
+    """
+
+    build: Callable[[Hyperparameters, optax.Schedule], optax.GradientTransformation]
+    extra_args: Callable[[Forward, Params, Batch], dict[str, Any]]
+    tiny: Hyperparameters
+    large: Hyperparameters
+
+
+OPTIMIZERS = {
+    "adamw": Optimizer(
+        adamw,
+        no_curvature,
+        tiny=Hyperparameters(1e-2, b1=0.9, b2=0.95, weight_decay=0.1, warmup=0.05),
+        large=Hyperparameters(6e-4, b1=0.9, b2=0.95, weight_decay=0.1, warmup=0.02),
+    ),
+    "sophia_g": Optimizer(
+        sophia_g,
+        gauss_newton,
+        tiny=Hyperparameters(2e-3, b1=0.9, b2=0.99, gamma=0.05, weight_decay=0.1, warmup=0.2),
+        large=Hyperparameters(4e-4, b1=0.965, b2=0.99, gamma=0.05, weight_decay=0.2, warmup=0.02),
+    ),
+    "sophia_h": Optimizer(
+        sophia_h,
+        hutchinson,
+        tiny=Hyperparameters(3e-3, b1=0.9, b2=0.99, gamma=0.02, weight_decay=0.1, warmup=0.2),
+        large=Hyperparameters(4e-4, b1=0.965, b2=0.99, gamma=0.01, weight_decay=0.2, warmup=0.02),
+    ),
+}
+
+
+def hyperparameters(config: TrainConfig) -> Hyperparameters:
+    """The run's hyperparameters: what was set, and the optimizer's defaults for the rest."""
+    row = lookup(OPTIMIZERS, config.optimizer, "optimizer")
+    defaults = row.tiny if config.model == "tiny" else row.large
+    fields = [f.name for f in dataclasses.fields(Hyperparameters)]
+    given = {name: getattr(config, name) for name in fields if getattr(config, name) is not None}
+    return dataclasses.replace(defaults, **given)
+
+
+def learning_rate_schedule(h: Hyperparameters, steps: int) -> optax.Schedule:
+    """Linear warm-up, then a cosine down to a twentieth of the peak."""
+    warmup = max(1, round(h.warmup * steps))
+    return optax.warmup_cosine_decay_schedule(
+        0.0, h.learning_rate, warmup, max(steps, warmup + 1), 0.05 * h.learning_rate
+    )
+
+
+def build(
+    config: TrainConfig,
+) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule]:
+    """The run's transformation, clipping included, and its learning rate by step."""
+    h = hyperparameters(config)
+    schedule = learning_rate_schedule(h, config.steps)
+    row = lookup(OPTIMIZERS, config.optimizer, "optimizer")
+    clip = optax.clip_by_global_norm(h.clip_norm)
+    return optax.chain(clip, row.build(h, schedule)), schedule

@@ -1,0 +1,48 @@
+"""The loss curves as a picture."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+Records = list[dict[str, float]]
+
+
+def losses(runs: dict[str, Records], path: Path, reference: float | None = None) -> None:
+    """Draws training (faint, smoothed) and validation losses by step, a colour for each run."""
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    last = []
+    for index, (name, records) in enumerate(runs.items()):
+        color = f"C{index}"
+        training = [(r["step"], r["loss"]) for r in records if "loss" in r]
+        validation = [(r["step"], r["val_loss"]) for r in records if "val_loss" in r]
+        if training:
+            steps, values = np.array(training).T
+            axes.plot(steps, smoothed(values), color=color, alpha=0.3, linewidth=1)
+        if validation:
+            steps, values = np.array(validation).T
+            label = f"{name}: {values[-1]:.3f}"
+            axes.plot(steps, values, color=color, marker="o", markersize=3, label=label)
+            last.append(values[-1])
+    if reference is not None:
+        axes.axhline(
+            reference, color="gray", linestyle=":", label=f"bigram counts: {reference:.3f}"
+        )
+    if last:
+        top = max([*last, reference or 0.0])
+        axes.set_ylim(min(last) - 0.1, top + 0.6 * (top - min(last)) + 0.3)
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title="validation loss (training: faint)")
+    axes.grid(alpha=0.25)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def smoothed(values: np.ndarray, width: int = 5) -> np.ndarray:
+    """A moving average that keeps the length."""
+    width = min(width, len(values))
+    padded = np.pad(values, (width // 2, width - 1 - width // 2), mode="edge")
+    return np.convolve(padded, np.ones(width) / width, mode="valid")

@@ -1,0 +1,95 @@
+"""What the user sees of a run: the progress bar, the table, the files."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from examples.lm.config import UsageError
+from examples.lm.train import Result
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+def output_folder(out: str | None, command: str) -> Path:
+    """A new folder for the results; one that holds something already is refused."""
+    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{command}"
+    folder = Path(out) if out else Path("runs") / name
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} exists already. Choose another --out; nothing was overwritten.")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def progress_bar(console: Console) -> Progress:
+    """A line for each run: loss, win rate, speed, time left."""
+    return Progress(
+        TextColumn("{task.description:>9}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        TextColumn("win {task.fields[win]}"),
+        TextColumn("{task.fields[speed]}"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def tracker(
+    progress: Progress, name: str, steps: int, path: Path
+) -> Callable[[dict[str, float]], None]:
+    """A run's log function: a line in metrics.jsonl and a move of the progress bar."""
+    empty = {"loss": float("nan"), "win": "   -", "speed": ""}
+    task = progress.add_task(name, total=steps, **empty)
+
+    def log(record: dict[str, float]) -> None:
+        with path.open("a") as file:
+            file.write(json.dumps({"run": name, **record}) + "\n")
+        if "loss" in record:
+            win = f"{record['win_rate']:4.2f}" if "win_rate" in record else "   -"
+            speed = f"{record['tokens_per_second'] / 1e3:5.1f}k tokens/s"
+            progress.update(
+                task, completed=record["step"] + 1, loss=record["loss"], win=win, speed=speed
+            )
+
+    return log
+
+
+def summary(result: Result) -> dict[str, Any]:
+    """A run in five numbers."""
+    return {
+        "validation_loss": result.validation_loss,
+        "step_seconds": result.step_seconds,
+        "curvature_share": result.curvature_share,
+        "win_rate": result.win_rate,
+        "steps": len(result.seconds) + 1,
+    }
+
+
+def table(summaries: dict[str, dict[str, Any]], bigram_loss: float | None) -> Table:
+    """The runs side by side."""
+    out = Table(title="validation loss in nats a token")
+    out.add_column("optimizer")
+    for column in ("validation loss", "step time", "on curvature", "win rate"):
+        out.add_column(column, justify="right")
+    for name, row in summaries.items():
+        win_rate = "-" if row["win_rate"] is None else f"{row['win_rate']:.2f}"
+        out.add_row(
+            name,
+            f"{row['validation_loss']:.4f}",
+            f"{1e3 * row['step_seconds']:.1f} ms",
+            f"{100 * row['curvature_share']:.1f} %",
+            win_rate,
+        )
+    if bigram_loss is not None:
+        out.add_section()
+        out.add_row("bigram counts", f"{bigram_loss:.4f}", "-", "-", "-", style="dim")
+    return out
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes readable JSON."""
+    path.write_text(json.dumps(content, indent=2, default=dataclasses.asdict) + "\n")
