@@ -160,7 +160,7 @@ def test_learning_rate_schedule_is_read_at_each_step() -> None:
     chex.assert_trees_all_close(stopped, after_three, rtol=1e-6)
 
 
-@each_usual_case
+@each_paper_case
 @pytest.mark.parametrize("dtype", (jnp.float32, jnp.bfloat16), ids=("float32", "bfloat16"))
 def test_injected_hyperparameters_give_equal_updates_and_state(case: Case, dtype: Any) -> None:
     """In bfloat16 `hyperparam_dtype=float32` is needed: b2 = 0.99 would round to 0.988."""
@@ -278,7 +278,7 @@ def test_updates_params_and_state_keep_their_dtypes(case: Case, dtype: Any) -> N
         assert np.all(np.isfinite(np.asarray(updates, np.float64)))
 
 
-@each_usual_case
+@each_paper_case
 @pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float32), ids=("bfloat16", "float32"))
 def test_state_is_stable_through_cond_and_scan(case: Case, dtype: Any) -> None:
     """`cond` and `scan` refuse a state whose structure, shape, dtype or weak type changes."""
@@ -308,7 +308,7 @@ def test_float64_params_are_moved_in_float64() -> None:
 # Wrappers
 
 
-@each_usual_case
+@each_paper_case
 @pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float32), ids=("bfloat16", "float32"))
 def test_multi_steps_is_one_step_on_the_mean_gradient(case: Case, dtype: Any) -> None:
     problem, every_k = problems.MIXED, 3
@@ -532,38 +532,35 @@ def test_a_bare_scalar_is_a_tree(case: Case) -> None:
 
 
 @each_paper_case
-@pytest.mark.parametrize("remat", (False, True), ids=("plain", "remat"))
-def test_stacked_layers_train(case: Case, remat: bool) -> None:
-    """A scan over a stack of layers, with and without rematerialization, trains the same."""
-    layers, width = 3, 4
+def test_stacked_layers_train_and_so_they_do_rematerialized(case: Case) -> None:
+    """A scan over a stack of layers; `jax.checkpoint` around one changes no number."""
+    layers, width, steps = 3, 4, 40
     inputs = jnp.asarray(np.random.default_rng(1).normal(size=(16, width)), jnp.float32)
 
     def layer(hidden: jax.Array, weights: dict[str, jax.Array]) -> tuple[jax.Array, None]:
         return hidden + jnp.tanh(hidden @ weights["w"] + weights["b"]), None
 
-    def outputs(params: Params, body: Callable[..., Any]) -> jax.Array:
-        return jax.lax.scan(body, inputs, params)[0] - jnp.roll(inputs, 1, axis=1)
-
     def problem(body: Callable[..., Any]) -> problems.Problem:
+        def residuals(params: Params) -> jax.Array:
+            return jax.lax.scan(body, inputs, params)[0] - jnp.roll(inputs, 1, axis=1)
+
         return problems.Problem(
             name="stacked",
             init=lambda dtype: {
                 "w": jnp.full((layers, width, width), 0.1, dtype),
                 "b": jnp.zeros((layers, width), dtype),
             },
-            outputs=lambda params: outputs(params, body),
-            loss=lambda params: jnp.mean(jnp.square(outputs(params, body))) / 2,
+            outputs=residuals,
+            loss=lambda params: jnp.mean(jnp.square(residuals(params))) / 2,
             likelihood="gaussian",
         )
 
-    target = problem(jax.checkpoint(layer) if remat else layer)
-    params, state = run(case.optimizer(), case, target, steps=60)
+    plain, remat = problem(layer), problem(jax.checkpoint(layer))
+    params, state = run(case.optimizer(), case, plain, steps)
     chex.assert_trees_all_equal_shapes(sophia_state(state).nu, params)
-    assert target.loss(params) < 0.5 * target.loss(target.init(jnp.float32))
-    if remat:
-        expected, _ = run(case.optimizer(), case, problem(layer), steps=3)
-        actual, _ = run(case.optimizer(), case, target, steps=3)
-        chex.assert_trees_all_close(actual, expected, rtol=1e-4, atol=1e-6)
+    assert plain.loss(params) < 0.6 * plain.loss(plain.init(jnp.float32))
+    remat_params, _ = run(case.optimizer(), case, remat, steps)
+    chex.assert_trees_all_close(remat_params, params, rtol=1e-3, atol=1e-4)
 
 
 # Arguments that are not there
