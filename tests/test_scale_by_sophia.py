@@ -532,7 +532,7 @@ def test_win_rate_is_the_share_of_coordinates_not_clipped_at_the_last_accepted_r
         assert float(state.win_rate) == pytest.approx(shown, rel=1e-6)
 
 
-@pytest.mark.parametrize("share", (0.75, 1.0))
+@pytest.mark.parametrize("share", (0.7001, 1.0))
 def test_win_rate_is_right_beyond_the_integers_of_float32(share: float) -> None:
     """2^25 coordinates: a sum of ones in float32 stops at 2^24."""
     size = 2**25
@@ -647,23 +647,22 @@ def test_hutchinson_drives_a_tree_with_integers_and_empty_leaves() -> None:
 
 
 def test_probes_depend_on_seed_and_count_and_on_nothing_else() -> None:
-    def keys(seed: int, steps: int = 4) -> np.ndarray:
-        tx = sophia_optax.scale_by_sophia(b2=0.0, update_interval=1, seed=seed)
+    def draws(seed: int) -> np.ndarray:
+        tx = sophia_optax.scale_by_sophia(b2=0.0, update_interval=2, seed=seed)
         zeros = jnp.zeros(2, jnp.float32)
         update = jitted_update(tx, lambda key: jax.random.uniform(key, (2,)))
         state, seen = tx.init(zeros), []
-        for _ in range(steps):
+        for _ in range(4):
+            _, state = update(zeros, state, zeros)
             _, state = update(zeros, state, zeros)
             seen.append(np.asarray(state.nu))
         return np.stack(seen)
 
-    first = keys(0)
-    expected = [
-        jax.random.uniform(jax.random.fold_in(jax.random.key(0), t), (2,)) for t in range(4)
-    ]
-    np.testing.assert_allclose(first, np.stack(expected), rtol=1e-6)
-    assert len({*map(tuple, first), *map(tuple, keys(1))}) == 8
-    np.testing.assert_array_equal(first, keys(0))
+    first = draws(0)
+    keys = [jax.random.fold_in(jax.random.key(0), count) for count in (0, 2, 4, 6)]
+    expected = np.stack([jax.random.uniform(key, (2,)) for key in keys])
+    np.testing.assert_allclose(first, expected, rtol=1e-6)
+    assert len({*map(tuple, first), *map(tuple, draws(1))}) == 8
 
 
 def _through_flax(state: Any, target: Any, path: Path) -> Any:
