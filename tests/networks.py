@@ -37,7 +37,7 @@ def nll(likelihood: str, outputs: Any, targets: Any) -> jax.Array:
     raise ValueError(likelihood)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Network:
     """A model on its data.
 

@@ -75,6 +75,18 @@ def test_labels_are_drawn_as_often_as_the_model_says():
     np.testing.assert_allclose(labels.mean(axis=0), np.exp(logits), atol=0.01)
 
 
+@pytest.mark.parametrize("shift", [0, 1e4, 1e6, 1e30])
+def test_one_label_is_drawn_however_large_the_logits(shift):
+    # The softmax of z + c is that of z, but float32 near 1e6 has steps of 1/16: noise added there
+    # makes ties.
+    logits = np.float32(shift) + np.array([0, 1, 1, 2], np.float32)
+    draws = draw("categorical", "sample_residual", logits, n=4096, seed=2)
+    labels = scipy.special.softmax(logits.astype(np.float64)) - draws
+    np.testing.assert_allclose(labels.sum(axis=1), 1, atol=1e-4)
+    p = scipy.special.softmax(logits.astype(np.float64))
+    np.testing.assert_allclose(labels.mean(axis=0), p, atol=0.04)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

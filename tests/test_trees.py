@@ -1,0 +1,264 @@
+"""Trees: which leaves are owned, which can be differentiated, and draws that match a leaf."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from sophia_optax import _trees
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+HOLE = optax.MaskedNode()
+
+
+# --- owned leaves ---------------------------------------------------------------------------------
+
+FULL = {
+    "a": jnp.arange(3.0),
+    "b": {"c": jnp.ones((2, 2)), "d": jnp.float32(4.0)},
+    "e": Pair(jnp.zeros((0,)), jnp.array([7.0])),
+    "n": jnp.arange(2),
+}
+
+
+def taken(gradients: Any, estimate: Any = FULL) -> list[Any]:
+    return _trees.Owned.of(gradients).take_estimate(estimate)
+
+
+def test_every_floating_point_leaf_is_owned_where_nothing_is_masked():
+    leaves = taken(FULL)
+    assert [leaf.shape for leaf in leaves] == [(3,), (2, 2), (), (0,), (1,)]
+    np.testing.assert_array_equal(leaves[0], FULL["a"])
+    assert _trees.Owned.of(FULL).size == 3 + 4 + 1 + 0 + 1
+
+
+@pytest.mark.parametrize("hole", [HOLE, None], ids=["MaskedNode", "None"])
+def test_a_hole_stands_for_a_leaf(hole):
+    gradients = {**FULL, "a": hole, "e": Pair(FULL["e"].first, hole)}
+    leaves = taken(gradients)
+    assert [leaf.shape for leaf in leaves] == [(2, 2), (), (0,)]
+    assert _trees.Owned.of(gradients).size == 5
+
+
+@pytest.mark.parametrize("hole", [HOLE, None], ids=["MaskedNode", "None"])
+def test_a_hole_stands_for_a_whole_subtree(hole):
+    leaves = taken({**FULL, "b": hole, "e": hole})
+    assert [leaf.shape for leaf in leaves] == [(3,)]
+
+
+@pytest.mark.parametrize("hole", [HOLE, None], ids=["MaskedNode", "None"])
+def test_nothing_at_all_may_be_owned(hole):
+    assert taken(hole) == []
+    assert taken(jax.tree.map(lambda _: hole, FULL)) == []
+    assert _trees.Owned.of(hole).size == 0
+
+
+def test_a_leaf_that_is_none_in_the_params_stays_none():
+    assert [
+        x.shape for x in taken({"a": jnp.ones(3), "b": None}, {"a": jnp.ones(3), "b": None})
+    ] == [(3,)]
+
+
+def test_the_estimate_of_what_is_not_owned_is_not_looked_at():
+    estimate = {**FULL, "a": jnp.full((9,), jnp.nan), "n": None}
+    assert len(taken({**FULL, "a": HOLE, "n": HOLE}, estimate)) == 4
+
+
+def test_put_replaces_owned_leaves_and_keeps_dtypes_and_holes():
+    gradients = {"a": HOLE, "b": jnp.ones(2, jnp.bfloat16), "n": jnp.arange(2), "z": None}
+    state = {"a": HOLE, "b": jnp.zeros(2, jnp.bfloat16), "n": jnp.zeros(2), "z": None}
+    new = _trees.Owned.of(gradients).put([jnp.array([1.0, 2.0])], state)
+    assert jax.tree.structure(new) == jax.tree.structure(state)
+    assert new["b"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(new["b"], np.float32), [1, 2])
+    np.testing.assert_array_equal(new["n"], [0, 0])
+
+
+@pytest.mark.parametrize(
+    "estimate, path",
+    [
+        ({k: v for k, v in FULL.items() if k != "a"}, "['a']"),
+        ({**FULL, "b": {"c": FULL["b"]["c"]}}, "['b']['d']"),
+        ({**FULL, "extra": jnp.ones(1)}, "['extra']"),
+        ({**FULL, "e": Pair(FULL["e"].first, None)}, "['e'].second"),
+        ({**FULL, "a": {"inner": FULL["a"]}}, "['a']"),
+        (jnp.ones(9), "['a']"),
+    ],
+    ids=["missing", "missing below", "extra", "none", "deeper", "flat"],
+)
+def test_an_estimate_of_another_structure_is_refused_with_the_path(estimate, path):
+    with pytest.raises(ValueError, match="hessian_fn") as caught:
+        taken(FULL, estimate)
+    assert path in str(caught.value)
+
+
+def test_an_estimate_of_another_shape_is_refused_with_path_and_shapes():
+    with pytest.raises(ValueError, match="hessian_fn") as caught:
+        taken(FULL, {**FULL, "b": {"c": jnp.ones((4,)), "d": FULL["b"]["d"]}})
+    for word in ("['b']['c']", "(4,)", "(2, 2)"):
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "bool"])
+def test_an_estimate_that_is_not_real_is_refused_with_path_and_dtype(dtype):
+    with pytest.raises(TypeError, match="hessian_fn") as caught:
+        taken(FULL, {**FULL, "a": jnp.ones(3, dtype)})
+    assert "['a']" in str(caught.value)
+    assert dtype in str(caught.value)
+
+
+def test_the_root_has_a_name():
+    assert _trees.name_of(()) == "(root)"
+    with pytest.raises(ValueError, match="hessian_fn") as caught:
+        taken(jnp.ones(3), jnp.ones(4))
+    assert "(root)" in str(caught.value)
+
+
+def test_masks_are_seen_wherever_they_are():
+    assert not _trees.is_masked(FULL)
+    assert not _trees.is_masked({"a": None})
+    assert _trees.is_masked(HOLE)
+    assert _trees.is_masked({**FULL, "b": {"c": HOLE, "d": FULL["b"]["d"]}})
+
+
+# --- leaves to differentiate ----------------------------------------------------------------------
+
+
+def test_only_floating_point_leaves_are_differentiated():
+    tree = {"f": jnp.ones(2), "i": jnp.arange(3), "none": None, "py": 2.5, "b": jnp.array(True)}
+    theta = _trees.differentiable(tree)
+    assert sorted(leaf.shape for leaf in theta.leaves) == [(), (2,)]
+    back = theta.rebuild([2 * leaf for leaf in theta.leaves])
+    assert jax.tree.structure(back) == jax.tree.structure(tree)
+    np.testing.assert_array_equal(back["f"], [2, 2])
+    np.testing.assert_array_equal(back["i"], tree["i"])
+    assert back["py"] == 5
+    filled = theta.fill([jnp.full(leaf.shape, 7.0) for leaf in theta.leaves])
+    np.testing.assert_array_equal(filled["f"], [7, 7])
+    np.testing.assert_array_equal(filled["i"], np.zeros(3))
+    assert filled["i"].dtype == jnp.float32
+    assert filled["b"].shape == ()
+
+
+def test_a_complex_leaf_is_refused_with_its_path():
+    with pytest.raises(TypeError, match="complex64") as caught:
+        _trees.differentiable({"a": [jnp.ones(2), jnp.ones(2, jnp.complex64)]})
+    assert "['a'][1]" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "leaf, inexact",
+    [
+        (1.0, True),
+        (1, False),
+        (True, False),
+        (np.float16(1), True),
+        (np.zeros(2, jax.dtypes.float0), False),
+        (jnp.ones(2, jnp.bfloat16), True),
+        (jax.ShapeDtypeStruct((2,), jnp.float32), True),
+        (jax.ShapeDtypeStruct((2,), jnp.uint8), False),
+        (jax.random.key(0), False),
+    ],
+    ids=str,
+)
+def test_what_counts_as_floating_point(leaf, inexact):
+    assert bool(_trees.is_inexact(leaf)) is inexact
+
+
+@pytest.mark.parametrize(
+    "dtype, wide",
+    [
+        ("bfloat16", "float32"),
+        ("float16", "float32"),
+        ("float32", "float32"),
+        ("float64", "float64"),
+    ],
+)
+def test_computations_are_in_float32_at_least(dtype, wide):
+    assert _trees.at_least_float32(jnp.dtype(dtype)) == jnp.dtype(wide)
+
+
+# --- draws and zeros ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_random_signs_are_signs_in_the_leafs_dtype(dtype):
+    signs = _trees.random_signs(jax.random.key(0), jnp.zeros((64, 64), dtype))
+    assert signs.dtype == dtype
+    values = np.asarray(signs, np.float64)
+    assert set(np.unique(values)) == {-1, 1}
+    assert abs(values.mean()) < 5 / 64
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_random_normals_are_normal_in_the_leafs_dtype(dtype):
+    draw = _trees.random_normal(jax.random.key(0), jnp.zeros((256, 256), dtype))
+    assert draw.dtype == dtype
+    values = np.asarray(draw, np.float64)
+    assert abs(values.mean()) < 5 / 256
+    np.testing.assert_allclose(values.var(), 1, atol=0.03)
+    np.testing.assert_allclose(np.mean(values**4), 3, atol=0.2)
+    assert np.abs(values).max() > 3.5
+
+
+@pytest.mark.parametrize("leaf", [np.nan, np.inf, -1.0])
+def test_zeros_are_zero_whatever_the_leaf_holds(leaf):
+    zeros = _trees.zeros_like(jnp.full((3, 2), leaf, jnp.bfloat16), jnp.float32)
+    assert zeros.dtype == jnp.float32
+    np.testing.assert_array_equal(zeros, np.zeros((3, 2)))
+
+
+def test_zeros_have_a_buffer_of_their_own():
+    leaf = jnp.ones((3, 2))
+    first, second = _trees.zeros_like(leaf, jnp.float32), _trees.zeros_like(leaf, jnp.float32)
+    pointers = {x.unsafe_buffer_pointer() for x in (leaf, first, second)}
+    assert len(pointers) == 3
+
+
+@pytest.mark.parametrize("num, chunk", [(1, 1), (6, 1), (6, 2), (6, 6)])
+def test_a_mean_over_keys_is_the_mean_of_draws_with_keys_of_their_own(num, chunk):
+    seen = []
+
+    def draw(key):
+        value = jax.random.normal(key, (3,))
+        jax.debug.callback(lambda x: seen.append(tuple(np.ravel(x).tolist())), value)
+        return [value, 2 * value]
+
+    mean, double = _trees.mean_over_keys(draw, jax.random.key(0), num, chunk)
+    jax.effects_barrier()
+    assert len(set(seen)) == num
+    np.testing.assert_allclose(mean, np.mean(sorted(set(seen)), axis=0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(double, 2 * mean, rtol=1e-5)
+
+
+def test_updates_take_the_dtypes_of_the_gradients():
+    grads = {
+        "bf16": jnp.ones(2, jnp.bfloat16),
+        "int": jnp.ones(2, jnp.int16),
+        "float0": np.zeros((3,), jax.dtypes.float0),
+        "none": None,
+        "hole": HOLE,
+    }
+    updates = {
+        "bf16": jnp.full(2, 0.5),
+        "int": jnp.full(2, 9.0),
+        "float0": jnp.full(3, 9.0),
+        "none": None,
+        "hole": HOLE,
+    }
+    given = _trees.like_gradients(updates, grads)
+    assert jax.tree.structure(given) == jax.tree.structure(grads)
+    assert given["bf16"].dtype == jnp.bfloat16
+    assert given["int"].dtype == jnp.int16
+    assert given["float0"].shape == (3,)
+    assert not np.any(given["int"])
+    assert not np.any(given["float0"])
+    np.testing.assert_array_equal(np.asarray(given["bf16"], np.float32), [0.5, 0.5])
