@@ -1,8 +1,9 @@
-"""The command line: `python -m examples.lm compare`, `... train --optimizer sophia_g`, `... tune`."""
+"""The command line: `python -m examples.lm compare`, `train --optimizer sophia_g`, `tune`."""
 
 import sys
 
 import tyro
+
 from examples.lm import compare, tune
 from examples.lm.config import CompareConfig, TrainConfig, UsageError
 

@@ -4,11 +4,12 @@ import dataclasses
 import sys
 from typing import Any
 
+from rich.console import Console
+
 from examples.lm import data, plot, report
 from examples.lm.config import CompareConfig, TrainConfig, for_optimizer
 from examples.lm.optimizers import OPTIMIZERS, hyperparameters, lookup
 from examples.lm.train import fit
-from rich.console import Console
 
 
 def compare(config: CompareConfig) -> None:

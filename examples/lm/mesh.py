@@ -23,6 +23,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "position": None,
     "vocab": "tensor",
     "embed": "fsdp",
+    "qkv": None,
     "heads": "tensor",
     "head_features": None,
     "mlp": "tensor",

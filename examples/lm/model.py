@@ -27,7 +27,7 @@ def normal(rngs: nnx.Rngs, scale: float, **axes: int) -> nnx.Param:
 
 def constant(fill: float, **axes: int) -> nnx.Param:
     """A parameter that starts at `fill`."""
-    return nnx.Param(jnp.full(tuple(axes.values()), fill), axes=tuple(axes))
+    return nnx.Param(jnp.full(tuple(axes.values()), fill, jnp.float32), axes=tuple(axes))
 
 
 class LayerNorm(nnx.Module):
@@ -57,12 +57,8 @@ class Block(nnx.Module):
         scale, residual_scale = config.init_scale, config.init_scale / (2 * n) ** 0.5
         heads = {"heads": h, "head_features": k}
         self.norm_1 = LayerNorm(layers=n, embed=d)
-        self.query = normal(rngs, scale, layers=n, embed=d, **heads)
-        self.key = normal(rngs, scale, layers=n, embed=d, **heads)
-        self.value = normal(rngs, scale, layers=n, embed=d, **heads)
-        self.query_bias = constant(0.0, layers=n, **heads)
-        self.key_bias = constant(0.0, layers=n, **heads)
-        self.value_bias = constant(0.0, layers=n, **heads)
+        self.qkv = normal(rngs, scale, layers=n, embed=d, qkv=3, **heads)
+        self.qkv_bias = constant(0.0, layers=n, qkv=3, **heads)
         self.out = normal(rngs, residual_scale, layers=n, **heads, embed=d)
         self.out_bias = constant(0.0, layers=n, embed=d)
         self.norm_2 = LayerNorm(layers=n, embed=d)
@@ -77,17 +73,11 @@ class Block(nnx.Module):
 
     def attend(self, x_BxLxD: jax.Array, attention: str) -> jax.Array:
         dtype = x_BxLxD.dtype
-
-        def project(weights: nnx.Param, bias: nnx.Param) -> jax.Array:
-            y = jnp.einsum("BLD,DHK->BLHK", x_BxLxD, weights[...].astype(dtype))
-            return y + bias[...].astype(dtype)
-
+        qkv_BxLx3xHxK = jnp.einsum("BLD,DTHK->BLTHK", x_BxLxD, self.qkv[...].astype(dtype))
+        qkv_BxLx3xHxK += self.qkv_bias[...].astype(dtype)
+        query, key, value = (qkv_BxLx3xHxK[:, :, i] for i in range(3))
         attended_BxLxHxK = jax.nn.dot_product_attention(
-            project(self.query, self.query_bias),
-            project(self.key, self.key_bias),
-            project(self.value, self.value_bias),
-            is_causal=True,
-            implementation=attention,
+            query, key, value, is_causal=True, implementation=attention
         )
         y_BxLxD = jnp.einsum("BLHK,HKD->BLD", attended_BxLxHxK, self.out[...].astype(dtype))
         return y_BxLxD + self.out_bias[...].astype(dtype)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import optax
+
 import sophia_optax
 from examples.lm.config import Hyperparameters, TrainConfig, lookup
 

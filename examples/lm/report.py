@@ -7,11 +7,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from examples.lm.config import UsageError
-from examples.lm.train import Result
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from examples.lm.config import UsageError
+from examples.lm.train import Result
 
 
 def output_folder(out: str | None, command: str) -> Path:

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
+from jax.sharding import Mesh
+
 import sophia_optax
 from examples.lm import data, mesh, optimizers
 from examples.lm.config import TrainConfig, UsageError, curvature_size, model_config
 from examples.lm.model import Transformer, compute_dtype
-from flax import nnx
-from jax.sharding import Mesh
 
 Metrics = dict[str, jax.Array]
 
