@@ -1,6 +1,6 @@
 """`sophia_h` and `sophia_g`: the transform with weight decay and a learning rate."""
 
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import optax
 from jax.typing import DTypeLike
@@ -212,7 +212,7 @@ def _with_decay_and_rate(
         _checks.check_number("learning_rate", learning_rate, 0, float("inf"), "[0, ∞)")
     chain = optax.chain(
         scale,
-        optax.add_decayed_weights(weight_decay, mask),
+        optax.add_decayed_weights(cast(Any, weight_decay), mask),
         optax.scale_by_learning_rate(learning_rate),
     )
 

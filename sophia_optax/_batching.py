@@ -1,12 +1,13 @@
 """Which part of a step's data the curvature is taken on: a sub-batch, and one mini-step of many."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import PRNGKeyArray, PyTree
 
 from sophia_optax import _checks, _trees
 from sophia_optax._types import HessianFn, Params
@@ -33,7 +34,8 @@ def curvature_batch(batch: PyTree[Any], size: int) -> PyTree[Any]:
       A pytree of arrays `[size, ...]`.
 
     Raises:
-      ValueError: if the leaves' first axes differ or the size does not divide them.
+      ValueError: if the leaves' first axes differ, the size does not divide them, or, under Explicit
+        axes, some shards would be left without an example.
     """
     _checks.check_count("size", size)
     flat = jax.tree_util.tree_leaves_with_path(batch)
@@ -51,10 +53,26 @@ def curvature_batch(batch: PyTree[Any], size: int) -> PyTree[Any]:
             "divisor."
         )
 
-    def every(leaf: Array) -> Array:
+    def every(leaf: Any) -> Any:
+        shards = _shards_of_first_axis(leaf)
+        if size % shards:
+            raise ValueError(
+                f"size is {size}, but the examples lie on {shards} shards, some of which would "
+                "have none of these. Choose a multiple of the shards."
+            )
         return leaf.reshape(size, -1, *leaf.shape[1:])[:, 0] if leaf.size else leaf[:size]
 
     return jax.tree.map(every, batch)
+
+
+def _shards_of_first_axis(leaf: Any) -> int:
+    """How many shards an array's first axis is split into, as far as its type tells."""
+    sharding = _trees.explicit_sharding(leaf)
+    axes = sharding.spec[0] if sharding is not None and len(sharding.spec) else None
+    if sharding is None or axes is None:
+        return 1
+    names = axes if isinstance(axes, tuple) else (axes,)
+    return math.prod(sharding.mesh.shape[name] for name in names)
 
 
 def on_emit(

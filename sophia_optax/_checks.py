@@ -1,7 +1,7 @@
 """Checks of arguments: one sentence of fact, one of remedy.
 
-Only Python's and NumPy's numbers are checked. Arrays of jax and tracers pass, so that a schedule through
-`optax.inject_hyperparams` costs nothing and nothing waits for a device.
+Only Python's and NumPy's numbers are checked. Arrays of jax and tracers pass, so that a schedule
+through `optax.inject_hyperparams` costs nothing and nothing waits for a device.
 """
 
 import math

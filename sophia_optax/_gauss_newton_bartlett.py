@@ -22,10 +22,11 @@ One forward pass and one pullback a sample, first derivatives only.
 """
 
 import math
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from sophia_optax import _checks, _trees
@@ -40,7 +41,7 @@ def gauss_newton_bartlett(
     params: Params,
     *,
     likelihood: Likelihood = categorical,
-    weights: Float[Array, "..."] | float | None = None,
+    weights: ArrayLike | None = None,
     num_samples: int = 1,
     sampling: Sampling = "labels",
 ) -> HessianFn:
@@ -107,7 +108,7 @@ def gauss_newton_bartlett(
     return hessian_fn
 
 
-def _array(outputs: Array, likelihood: Likelihood) -> Float[Array, "..."]:
+def _array(outputs: Any, likelihood: Likelihood) -> Float[Array, "..."]:
     """Passes an array of outputs on, and says what to do about anything else."""
     if jax.tree.structure(outputs) != jax.tree.structure(0):
         raise TypeError(
@@ -128,7 +129,7 @@ def _array(outputs: Array, likelihood: Likelihood) -> Float[Array, "..."]:
 
 
 def _root_weights(
-    weights: Float[Array, "..."] | float | None, outputs: Float[Array, "..."], event_ndim: int
+    weights: ArrayLike | None, outputs: Float[Array, "..."], event_ndim: int
 ) -> Float[Array, "..."]:
     """Returns √(w_i / W), to be broadcast against the outputs."""
     predictions = outputs.shape[: outputs.ndim - event_ndim]

@@ -114,7 +114,7 @@ def _multiply(u: Float[Array, "..."], hu: Float[Array, "..."]) -> Float[Array, "
     return u.astype(dtype) * hu.astype(dtype)
 
 
-def _scalar(loss: Array) -> Float[Array, ""]:
+def _scalar(loss: Any) -> Float[Array, ""]:
     """Refuses a loss that is no scalar.
 
     Args:

@@ -40,13 +40,16 @@ class Categorical:
 
         The maximum is compared with, not looked up: where the classes are sharded, that is one
         number to communicate for a prediction, and the one-hot array never leaves its shard. (Two
-        classes tie once in about a million draws, and then both count.)
+        classes tie once in about a million draws, and then both count. The shift keeps it so for
+        large logits, whose spacing would swallow the noise.)
         """
         sharding = _trees.explicit_sharding(logits)
         gumbel = jax.random.gumbel(key, logits.shape, logits.dtype, out_sharding=sharding)
-        scores = logits + gumbel
+        shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
+        scores = shifted + gumbel
         one_hot = scores == jnp.max(scores, axis=-1, keepdims=True)
-        return jax.nn.softmax(logits) - one_hot.astype(logits.dtype)
+        odds = jnp.exp(shifted)
+        return odds / jnp.sum(odds, axis=-1, keepdims=True) - one_hot.astype(logits.dtype)
 
     def sample_factor(
         self, key: PRNGKeyArray, logits: Float[Array, "*batch V"], /

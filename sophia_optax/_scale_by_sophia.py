@@ -146,7 +146,7 @@ def scale_by_sophia(
 
     b1, b2, eps, gamma = map(_wide, (b1, b2, eps, gamma))
     clip = None if clip_threshold is None else _wide(clip_threshold)
-    log_b2 = jnp.log(b2) if isinstance(b2, jax.Array) else math.log(b2) if b2 else -math.inf
+    log_b2 = _log(b2)
 
     def momentum(g: Any, m: Array, decay: Any) -> Array:
         return decay * _wide(m) + (1 - b1) * jnp.asarray(g, _wide(m).dtype)
@@ -246,6 +246,13 @@ def scale_by_sophia(
 def _wide(x: Any) -> Any:
     """Widens an array to float32 at least; a Python number adapts by itself."""
     return x.astype(_trees.at_least_float32(x.dtype)) if isinstance(x, jax.Array) else x
+
+
+def _log(x: Any) -> Any:
+    """The logarithm of an array, or, in double precision, of a Python number; -inf for zero."""
+    if isinstance(x, jax.Array):
+        return jnp.log(x)
+    return math.log(x) if x > 0 else -math.inf
 
 
 def _increment(count: Int[Array, ""]) -> Int[Array, ""]:

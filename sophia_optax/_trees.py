@@ -34,12 +34,22 @@ def explicit_sharding(leaf: Any) -> NamedSharding | None:
     return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 
 
+def tie(x: Array, leaf: Array) -> Array:
+    """Lets the compiler lay an array out as a leaf of its shape is, by depending on that.
+
+    Args:
+      x: an array that depends on nothing sharded, so that under Auto axes the compiler would make
+        the whole of it on every device.
+      leaf: an array of the same shape.
+
+    Returns:
+      x; except that where the leaf is NaN, it is NaN too.
+    """
+    return jnp.where(leaf != leaf, leaf.astype(x.dtype), x)
+
+
 def zeros_like(leaf: Any, dtype: Any) -> Array:
     """Zeros of a leaf's shape and sharding, in a buffer of their own.
-
-    Inside `jit` under Auto axes, plain zeros depend on nothing, so that the compiler replicates
-    them. These depend on the leaf as far as the propagation of shardings sees; the selection
-    between zero and zero is folded away afterwards.
 
     Args:
       leaf: an array, or anything with a shape (abstract leaves give plain zeros).
@@ -51,14 +61,14 @@ def zeros_like(leaf: Any, dtype: Any) -> Array:
     zeros = jnp.zeros_like(leaf, dtype=dtype)
     if not isinstance(leaf, jax.Array):
         return zeros
+    # As `tie`, but the choice is between zero and zero, and the compiler drops it in the end.
     return jnp.where(leaf != leaf, zeros, jnp.zeros((), dtype))
 
 
 def random_signs(key: PRNGKeyArray, like: Float[Array, "..."]) -> Float[Array, "..."]:
     """Independent random signs (Rademacher) of an array's shape, dtype and sharding."""
-    return jax.random.rademacher(
-        key, jnp.shape(like), like.dtype, out_sharding=explicit_sharding(like)
-    )
+    sharding = explicit_sharding(like)
+    return tie(jax.random.rademacher(key, like.shape, like.dtype, out_sharding=sharding), like)
 
 
 def random_normal(key: PRNGKeyArray, like: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -71,9 +81,9 @@ def random_normal(key: PRNGKeyArray, like: Float[Array, "..."]) -> Float[Array, 
     Returns:
       The draw, made in float32 at least: jax draws a bfloat16 normal from 8 random bits.
     """
-    dtype = at_least_float32(like.dtype)
-    draw = jax.random.normal(key, jnp.shape(like), dtype, out_sharding=explicit_sharding(like))
-    return draw.astype(like.dtype)
+    dtype, sharding = at_least_float32(like.dtype), explicit_sharding(like)
+    draw = jax.random.normal(key, like.shape, dtype, out_sharding=sharding)
+    return tie(draw.astype(like.dtype), like)
 
 
 class Differentiable(NamedTuple):
@@ -145,7 +155,7 @@ def mean_over_keys(
     if num == 1:
         return draw(key)
 
-    def add(total: list[Array], keys: PRNGKeyArray) -> tuple[list[Array], None]:
+    def add(total: list[Array], keys: Array) -> tuple[list[Array], None]:
         draws = jax.vmap(draw)(keys)
         return [t + d.sum(axis=0) for t, d in zip(total, draws, strict=True)], None
 
