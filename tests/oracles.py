@@ -136,6 +136,15 @@ def official_sophiag_trajectory(
 # --- dense curvature ------------------------------------------------------------------------------
 
 
+# What the tests compile they run once or twice, so that compiling quickly is worth more.
+_QUICK = {"xla_backend_optimization_level": 0}
+
+
+def jit(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`jax.jit` that compiles in half of the time, to code that is slower."""
+    return jax.jit(function, compiler_options=_QUICK)
+
+
 class Flat(NamedTuple):
     """The floating point leaves of a tree as one float64 vector, and the ways back."""
 
@@ -199,7 +208,7 @@ def hessian(loss: Callable[[Any], Any], params: Any) -> Array:
     """
     flat = flatten(params)
     with jax.enable_x64(True):
-        matrix = jax.jit(jax.hessian(lambda v: loss(flat.rebuild(v))))(flat.vector)
+        matrix = jit(jax.hessian(lambda v: loss(flat.rebuild(v))))(flat.vector)
         return np.asarray(matrix, np.float64)
 
 
@@ -258,8 +267,8 @@ def gauss_newton(
         def on_vector(vector: jax.Array) -> jax.Array:
             return outputs_fn(flat.rebuild(vector))
 
-        outputs = np.asarray(jax.jit(on_vector)(flat.vector), np.float64)
-        jacobian = np.asarray(jax.jit(jax.jacrev(on_vector))(flat.vector), np.float64)
+        outputs = np.asarray(jit(on_vector)(flat.vector), np.float64)
+        jacobian = np.asarray(jit(jax.jacrev(on_vector))(flat.vector), np.float64)
     output_hessian = OUTPUT_HESSIANS[likelihood](outputs)
     events = outputs.shape[-1] if likelihood == "categorical" else 1
     predictions = outputs.shape[:-1] if likelihood == "categorical" else outputs.shape
@@ -297,7 +306,7 @@ def many(hessian_fn: Callable[[jax.Array], Any], seed: int, n: int) -> Array:
         [n, d] float64: a row an estimate, all of its leaves raveled.
     """
     keys = jax.random.split(jax.random.key(seed), n)
-    tree = jax.jit(jax.vmap(hessian_fn))(keys)
+    tree = jit(jax.vmap(hessian_fn))(keys)
     columns = [np.asarray(x, np.float64).reshape(n, -1) for x in jax.tree.leaves(tree)]
     return np.concatenate(columns, axis=1)
 
