@@ -34,8 +34,8 @@ def curvature_batch(batch: PyTree[Any], size: int) -> PyTree[Any]:
       A pytree of arrays `[size, ...]`.
 
     Raises:
-      ValueError: if the leaves' first axes differ, the size does not divide them, or, under Explicit
-        axes, some shards would be left without an example.
+      ValueError: if the leaves' first axes differ, the size does not divide them, or, under
+        Explicit axes, a shard would be left without an example.
     """
     _checks.check_count("size", size)
     flat = jax.tree_util.tree_leaves_with_path(batch)

@@ -9,6 +9,7 @@ import numbers
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 def check_number(name: str, value: Any, low: int | float, high: int | float, interval: str) -> None:
@@ -72,3 +73,17 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """
     if value not in choices:
         raise ValueError(f"{name} is {value!r}. Choose one of {', '.join(map(repr, choices))}.")
+
+
+def check_dtype(name: str, value: Any) -> None:
+    """Checks that a dtype can hold a moving average.
+
+    Args:
+      name: what the argument is called.
+      value: a dtype, or None, which passes.
+
+    Raises:
+      TypeError: if it is not real floating point.
+    """
+    if value is not None and not jnp.issubdtype(value, jnp.floating):
+        raise TypeError(f"{name} is {value!r}. Pass a floating point dtype, or None.")

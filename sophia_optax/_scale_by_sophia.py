@@ -133,7 +133,7 @@ def scale_by_sophia(
       updates have the dtypes of the gradients. Leaves that are not floating point get zeros.
 
     Raises:
-      TypeError: if a hyperparameter is a callable or not a number.
+      TypeError: if a hyperparameter is a callable or not a number, or a dtype is no floating one.
       ValueError: if a hyperparameter is out of its range.
     """
     _checks.check_number("b1", b1, 0, 1, "[0, 1)")
@@ -143,6 +143,8 @@ def scale_by_sophia(
     if clip_threshold is not None:
         _checks.check_number("clip_threshold", clip_threshold, 0, float("inf"), "(0, ∞)")
     _checks.check_count("update_interval", update_interval)
+    _checks.check_dtype("mu_dtype", mu_dtype)
+    _checks.check_dtype("nu_dtype", nu_dtype)
 
     b1, b2, eps, gamma = map(_wide, (b1, b2, eps, gamma))
     clip = None if clip_threshold is None else _wide(clip_threshold)

@@ -307,7 +307,7 @@ def test_a_curvature_batch_that_leaves_devices_without_examples_is_refused() -> 
     setup = setup_on(*LAYOUTS["data"], AxisType.Explicit)
     with (
         jax.set_mesh(setup.mesh),
-        pytest.raises(ValueError, match="size is 4.*8 shards.*multiple"),
+        pytest.raises(ValueError, match=r"size is 4.*8 shards.*multiple"),
     ):
         jax.jit(lambda x: sophia_optax.curvature_batch(x, 4))(setup.tokens_BxT)
 
