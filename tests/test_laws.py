@@ -15,7 +15,7 @@ import sophia_optax
 from tests import strategies
 
 Tree = Any
-laws = hypothesis.settings(max_examples=20, deadline=None)
+laws = hypothesis.settings(max_examples=15, deadline=None)
 SINGLE_STEPS = strategies.steps(dtypes=("float32",))
 POWERS_OF_TWO = st.sampled_from((2.0**-6, 0.5, 4.0, 2.0**7))
 
@@ -92,7 +92,7 @@ def test_an_update_never_points_against_the_momentum(
 
 @laws
 @hypothesis.given(
-    strategies.steps(shapes=((1,), (3,), (2, 3), ())),
+    strategies.steps(shapes=((), (3,), (2, 3))),
     strategies.hyperparameters(),
     st.sampled_from((np.nan, np.inf, -np.inf)),
     st.integers(0, 100),
