@@ -128,7 +128,7 @@ OPTIMIZERS = {
 def hyperparameters(config: TrainConfig) -> Hyperparameters:
     """The run's hyperparameters: what was set, and the optimizer's defaults for the rest."""
     row = lookup(OPTIMIZERS, config.optimizer, "optimizer")
-    defaults = row.tiny if config.model == "tiny" else row.large
+    defaults = row.large if config.model.startswith("gpt2") else row.tiny
     fields = [f.name for f in dataclasses.fields(Hyperparameters)]
     given = {name: getattr(config, name) for name in fields if getattr(config, name) is not None}
     return dataclasses.replace(defaults, **given)

@@ -120,7 +120,7 @@ class Trainer:
         updates, opt_state = self.tx.update(grads, state.opt_state, state.params, **extra_args)
         metrics = {
             "loss": loss,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": self.schedule(state.step),
         }
         if self.has_curvature:

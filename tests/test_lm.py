@@ -1,0 +1,243 @@
+"""The language model trainer: its data, its model, its step, and a comparison from end to end."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from examples.lm import compare, data, mesh, report
+from examples.lm.__main__ import main
+from examples.lm.config import MODELS, CompareConfig, MeshConfig, ModelConfig, TrainConfig
+from examples.lm.model import Transformer, parameter_count
+from examples.lm.train import Result, Trainer
+
+MICRO = ModelConfig(layers=2, width=16, heads=4, context=16, vocab_size=256, init_scale=0.1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def micro_preset():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MODELS, "micro", MICRO)
+        yield
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return data.load("stdlib")
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory):
+    """A comparison of a few steps, its folder and what it prints."""
+    folder = tmp_path_factory.mktemp("runs") / "compare"
+    config = CompareConfig(
+        model="micro", steps=24, batch_size=8, eval_interval=12, eval_batches=2, log_interval=1,
+        mesh=MeshConfig(1, 1, 1), out=str(folder),
+    )  # fmt: skip
+    printed = []
+    one_device, table = jax.devices()[:1], report.table
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda: one_device)
+        patch.setattr(report, "table", lambda *args: printed.append(table(*args)))
+        compare.compare(config)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return folder, [json.loads(line) for line in lines], printed
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+def test_each_file_is_in_one_split_and_every_split_has_megabytes_or_a_good_part_of_one(corpus):
+    files = data.stdlib_files()
+    assert len(files) == len({name for name, _ in files}) > 300
+    sizes = {split: len(getattr(corpus, split)) for split in data.SPLITS}
+    assert sum(sizes.values()) == pytest.approx(sum(p.stat().st_size for _, p in files), rel=0.01)
+    assert sizes["train"] > 4e6
+    assert min(sizes["tune"], sizes["validation"]) > 3e5
+
+
+def test_no_source_file_is_in_two_splits(corpus):
+    name, path = data.stdlib_files()[0]
+    text = path.read_bytes()
+    holders = [s for s in data.SPLITS if text in getattr(corpus, s).astype(np.uint8).tobytes()]
+    assert holders == [data.split_of(name)]
+
+
+def test_batches_are_the_same_for_the_same_seed_and_others_for_another(corpus):
+    def first(seed):
+        return next(data.batches(corpus.train, 16, 4, seed))
+
+    np.testing.assert_array_equal(first(1), first(1))
+    assert (first(1) != first(2)).any()
+
+
+def test_the_processes_rows_one_after_another_are_the_single_process_batch(corpus):
+    whole = data.batches(corpus.train, 16, 4, seed=0)
+    parts = [data.batches(corpus.train, 16, 4, 0, process=p, processes=2) for p in range(2)]
+    for _ in range(3):
+        np.testing.assert_array_equal(next(whole), np.concatenate([next(p) for p in parts]))
+
+
+def test_a_restored_iterator_gives_the_very_next_batch(corpus):
+    batches = data.batches(corpus.train, 16, 4, seed=0)
+    next(batches)
+    state, expected = batches.get_state(), next(batches)
+    resumed = data.batches(corpus.train, 16, 4, seed=0)
+    resumed.set_state(state)
+    np.testing.assert_array_equal(next(resumed), expected)
+
+
+def test_bigram_counts_predict_a_periodic_text_and_not_a_random_one():
+    periodic = np.tile(np.array([1, 2, 3]), 1000)
+    random = np.random.default_rng(0).integers(0, 4, 3000)
+    assert data.bigram_loss(data.Corpus(periodic, periodic, periodic, 4), periodic) < 0.05
+    assert data.bigram_loss(data.Corpus(random, random, random, 4), random) > 1.3
+
+
+# --- model ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("gpt2-124m", 124_439_808),
+        ("gpt2-355m", 354_823_168),
+        ("gpt2-774m", 774_030_080),
+        ("gpt2-1.5b", 1_557_611_200),
+    ],
+)
+def test_presets_have_the_official_parameter_counts(name, count):
+    assert parameter_count(MODELS[name]) == count
+
+
+def test_a_position_sees_itself_and_what_is_before_it_alone():
+    model = Transformer(MICRO, nnx.Rngs(0))
+    tokens = jnp.arange(16)[None]
+    logits = model(tokens)
+    assert logits.shape == (1, 16, 256)
+    assert logits.dtype == jnp.float32
+    changed = model(tokens.at[0, 9].set(77))
+    np.testing.assert_array_equal(logits[:, :9], changed[:, :9])
+    assert (logits[:, 9:] != changed[:, 9:]).any(axis=-1).all()
+
+
+def test_remat_changes_no_logit():
+    model = Transformer(MICRO, nnx.Rngs(0))
+    tokens = jnp.arange(16)[None]
+    np.testing.assert_array_equal(model(tokens), model(tokens, remat=True))
+
+
+# --- step -----------------------------------------------------------------------------------------
+
+
+def batch_of(trainer, seed=0):
+    rng = np.random.default_rng(seed)
+    shape = trainer.config.batch_size, trainer.model.context + 1
+    return mesh.global_batch(rng.integers(0, 256, shape).astype(np.int32), trainer.mesh)
+
+
+def trainer_on(devices, mesh_config, **settings):
+    config = TrainConfig(model="micro", batch_size=8, mesh=mesh_config, **settings)
+    device_mesh = mesh.make_mesh(mesh_config, jax.devices()[:devices])
+    return Trainer(config, device_mesh, vocab_size=256)
+
+
+def test_accumulated_microbatches_give_the_gradient_of_the_whole_batch():
+    whole = trainer_on(1, MeshConfig(), optimizer="adamw")
+    cut = trainer_on(1, MeshConfig(), optimizer="adamw", accumulate=4)
+    params, batch = whole.init().params, batch_of(whole)
+    expected = jax.jit(whole.loss_and_gradient)(params, batch)
+    actual = jax.jit(cut.loss_and_gradient)(params, batch)
+    for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+
+
+def without_key_bias(state):
+    """The params, but for a bias that changes no logit: steps along it follow rounding errors."""
+    params = nnx.to_pure_dict(jax.device_get(state.params))
+    params["blocks"]["qkv_bias"] = params["blocks"]["qkv_bias"][:, [0, 2]]
+    return jax.tree.leaves(params)
+
+
+def test_eight_devices_step_as_one_does():
+    params, losses = [], []
+    for devices, layout in ((1, MeshConfig()), (8, MeshConfig(data=2, fsdp=2, tensor=2))):
+        trainer = trainer_on(devices, layout, optimizer="sophia_g", warmup=0.0)
+        state = trainer.init()
+        for number in range(2):
+            state, metrics = trainer.step(state, batch_of(trainer, number), number)
+        params.append(without_key_bias(state))
+        losses.append(float(metrics["loss"]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for x, y in zip(*params, strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-3, atol=2e-5)
+
+
+def test_params_and_optimizer_state_are_born_in_shards():
+    trainer = trainer_on(8, MeshConfig(data=1, fsdp=4, tensor=2), optimizer="sophia_g")
+    state = trainer.init()
+    params = jax.tree_util.tree_leaves_with_path(state.params)
+    matrices = [p for path, p in params if p.ndim > 2 and "bias" not in jax.tree_util.keystr(path)]
+    assert len(matrices) == 4
+    for matrix in matrices:
+        assert matrix.addressable_shards[0].data.size == matrix.size // 8
+    moments = state.opt_state[1][0]
+    for moment in (moments.mu, moments.nu):
+        for x, (_, y) in zip(jax.tree.leaves(moment), params, strict=True):
+            assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+
+
+# --- from end to end ------------------------------------------------------------------------------
+
+
+def test_a_comparison_leaves_plot_metrics_and_summary_and_prints_the_table(comparison):
+    folder, _, (table,) = comparison
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert list(summary["runs"]) == ["adamw", "sophia_g", "sophia_h"]
+    assert 2 < summary["bigram_loss"] < 3
+    assert [c.header for c in table.columns][1:] == [
+        "validation loss", "step time", "on curvature", "win rate",
+    ]  # fmt: skip
+    assert table.row_count == 4
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sophia_g", "sophia_h"])
+def test_each_optimizer_lowers_both_losses(comparison, optimizer):
+    _, records, _ = comparison
+    mine = [r for r in records if r["run"] == optimizer]
+    for name in ("loss", "val_loss"):
+        losses = [r[name] for r in mine if name in r]
+        assert losses[-1] < losses[0]
+
+
+def test_all_optimizers_start_from_the_same_params_and_batch(comparison):
+    _, records, _ = comparison
+    assert len({r["loss"] for r in records if r["step"] == 0}) == 1
+
+
+@pytest.mark.parametrize("optimizer", ["sophia_g", "sophia_h"])
+def test_curvature_is_estimated_on_every_tenth_step_and_on_no_other(comparison, optimizer):
+    _, records, _ = comparison
+    rates = [r["win_rate"] for r in records if r["run"] == optimizer and "win_rate" in r]
+    changes = [step for step in range(1, 24) if rates[step] != rates[step - 1]]
+    assert changes == [10, 20]
+
+
+def test_a_folder_with_results_in_it_is_left_as_it_is(comparison, capsys):
+    folder, _, _ = comparison
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    assert main(["train", "--out", str(folder)]) == 2
+    assert str(folder) in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_the_share_of_curvature_is_what_refreshing_steps_take_more_than_others():
+    result = Result([], [2.0] + [1.0] * 9, [True] + [False] * 9, 0.0)
+    assert result.step_seconds == pytest.approx(1.1)
+    assert result.curvature_share == pytest.approx(0.1 / 1.1)
+    assert dataclasses.replace(result, refreshed=[False] * 10).curvature_share == 0.0
