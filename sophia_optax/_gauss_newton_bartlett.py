@@ -82,14 +82,15 @@ def gauss_newton_bartlett(
       float32, or wider where a parameter is. Its unit is that of the mean loss's Hessian.
 
     Raises:
+      TypeError: if a parameter is complex.
       ValueError: if a number is out of its range or a name is unknown.
     """
     _checks.check_count("num_samples", num_samples)
     _checks.check_choice("sampling", sampling, ("labels", "curvature_propagation"))
     sample = likelihood.sample_residual if sampling == "labels" else likelihood.sample_factor
+    theta = _trees.differentiable(params)
 
     def hessian_fn(key: PRNGKeyArray, /) -> Params:
-        theta = _trees.differentiable(params)
         if not theta.leaves:
             return theta.fill([])
         outputs, pullback = jax.vjp(

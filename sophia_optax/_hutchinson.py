@@ -78,6 +78,7 @@ def hutchinson(
       float32, or wider where a parameter is.
 
     Raises:
+      TypeError: if a parameter is complex.
       ValueError: if a number is out of its range or a name is unknown.
     """
     _checks.check_count("num_probes", num_probes)
@@ -90,17 +91,18 @@ def hutchinson(
             "Choose a divisor."
         )
     draw = _trees.random_signs if distribution == "rademacher" else _trees.random_normal
+    theta = _trees.differentiable(params)
+    gradient = jax.grad(lambda leaves: _scalar(loss_fn(theta.rebuild(leaves))))
+    product = jax.jit(partial(_PRODUCTS[mode], gradient))
+
+    def one_probe(key: PRNGKeyArray) -> _Leaves:
+        keys = jax.random.split(key, len(theta.leaves))
+        u = [draw(k, leaf) for k, leaf in zip(keys, theta.leaves, strict=True)]
+        _check_product(mode, product, gradient, theta.leaves, u)
+        hu = product(theta.leaves, u)
+        return [_multiply(a, b) for a, b in zip(u, hu, strict=True)]
 
     def hessian_fn(key: PRNGKeyArray, /) -> Params:
-        theta = _trees.differentiable(params)
-        gradient = jax.grad(lambda leaves: _scalar(loss_fn(theta.rebuild(leaves))))
-
-        def one_probe(key: PRNGKeyArray) -> _Leaves:
-            keys = jax.random.split(key, len(theta.leaves))
-            u = [draw(k, leaf) for k, leaf in zip(keys, theta.leaves, strict=True)]
-            hu = _product(mode, gradient, theta.leaves, u)
-            return [_multiply(a, b) for a, b in zip(u, hu, strict=True)]
-
         if not theta.leaves:
             return theta.fill([])
         return theta.fill(_trees.mean_over_keys(one_probe, key, num_probes, probe_chunk))
@@ -189,17 +191,17 @@ def _primitives(jaxpr: Any) -> set[str]:
     return {eqn.primitive.name for eqn in jaxpr.eqns}.union(*inner)
 
 
-def _product(mode: Mode, gradient: _Gradient, theta: _Leaves, u: _Leaves) -> _Leaves:
-    """Takes the product H u in a mode, and says what to do where that can't work.
+def _check_product(
+    mode: Mode, product: jax.stages.Wrapped, gradient: _Gradient, theta: _Leaves, u: _Leaves
+) -> None:
+    """Traces a product H u, and says what to do where its mode can't take it.
 
     Args:
       mode: one of `_PRODUCTS`.
+      product: the jitted product in that mode.
       gradient: the gradient as a function of the params.
       theta: the params.
       u: the probe.
-
-    Returns:
-      H u.
 
     Raises:
       NotImplementedError: if the loss has a gradient but not this second derivative.
@@ -213,13 +215,11 @@ def _product(mode: Mode, gradient: _Gradient, theta: _Leaves, u: _Leaves) -> _Le
                 "rounding drowns a difference of gradients. Keep the params in float32, or choose "
                 "another mode."
             )
-    product = jax.jit(partial(_PRODUCTS[mode], gradient))
     try:
         # A forward rule that calls its own function makes jax put the error off until the program
         # is compiled, by a primitive that has no rule for it.
         if "custom_lin" in _primitives(product.trace(theta, u).jaxpr):
             raise TypeError("the forward rule of a custom_vjp has no jvp")
-        return product(theta, u)
     except Exception as error:
         # If the gradient alone does not trace either, the fault is the loss's own: its error says
         # more than ours could.
