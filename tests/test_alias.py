@@ -171,7 +171,7 @@ def test_no_coordinate_moves_by_more_than_rate_times_clip(alias: Callable[..., A
 
 
 def test_obj_fn_is_a_hutchinson_probe_of_the_loss() -> None:
-    problem = problems.REGRESSION
+    problem = problems.ROSENBROCK
     params = problem.init(jnp.float32)
     grads = jax.grad(problem.loss)(params)
     tx = sophia_optax.sophia_h(1e-2)
