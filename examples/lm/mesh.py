@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -79,26 +78,19 @@ def constrain(x: jax.Array, mesh: Mesh | None, *axes: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, sharding(mesh, axes, x.shape))
 
 
-def param_shardings(mesh: Mesh, abstract_params: nnx.State) -> nnx.State:
-    """A NamedSharding for each parameter, from the axes that it was made with."""
-    return jax.tree.map(
-        lambda param: param.replace(sharding(mesh, param.axes, param.get_value().shape)),
-        abstract_params,
-        is_leaf=lambda node: isinstance(node, nnx.Param),
-    )
+def shardings(mesh: Mesh, abstract_state: Any) -> Any:
+    """A NamedSharding for each array: by its axes in the params and in what mirrors them.
 
+    An optimizer's averages are trees of `nnx.Param` too, with the axes that the params were made
+    with; its counters are not, and lie on every device.
+    """
 
-def state_shardings(
-    mesh: Mesh, tx: optax.GradientTransformation, abstract_state: Any, shardings: nnx.State
-) -> Any:
-    """Shardings of an optimizer's state: what mirrors the params lies like them."""
-    return optax.tree.map_params(
-        tx,
-        lambda _, sharding: sharding,
-        abstract_state,
-        shardings,
-        transform_non_params=lambda _: replicated(mesh),
-    )
+    def place(node: Any) -> Any:
+        if not isinstance(node, nnx.Param):
+            return replicated(mesh)
+        return jax.tree.map(lambda leaf: sharding(mesh, node.axes, leaf.shape), node)
+
+    return jax.tree.map(place, abstract_state, is_leaf=lambda node: isinstance(node, nnx.Param))
 
 
 def global_batch(local: np.ndarray, mesh: Mesh) -> jax.Array:

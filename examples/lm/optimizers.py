@@ -48,6 +48,11 @@ def hutchinson(forward: Forward, params: Params, batch: Batch) -> dict[str, Any]
     return {"hessian_fn": sophia_optax.hutchinson(lambda p: forward.loss(p, batch), params)}
 
 
+def curvature_loss(forward: Forward, params: Params, batch: Batch) -> dict[str, Any]:
+    """optax.contrib.sophia's: the loss itself, on the params that the transform calls it with."""
+    return {"obj_fn": lambda p: forward.loss(p, batch)}
+
+
 def is_matrix(params: Params) -> Params:
     """True for the params that weight decay is for: all but biases and norms' scales."""
     return jax.tree_util.tree_map_with_path(
@@ -86,6 +91,60 @@ def sophia_h(h: Hyperparameters, schedule: optax.Schedule) -> optax.GradientTran
     )
 
 
+def contrib_sophia(h: Hyperparameters, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Optax's own Sophia: Hutchinson's estimator with Gaussian probes, used a refresh late."""
+    return optax.contrib.sophia(
+        schedule,
+        b1=h.b1,
+        b2=h.b2,
+        gamma=h.gamma,
+        update_interval=h.update_interval,
+        weight_decay=h.weight_decay,
+        weight_decay_mask=is_matrix,
+    )
+
+
+def lion(h: Hyperparameters, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Lion."""
+    return optax.lion(schedule, h.b1, h.b2, weight_decay=h.weight_decay, mask=is_matrix)
+
+
+# Inputs and outputs of the matrices that Muon makes orthogonal; what else they have are stacks.
+MUON_MATRICES = {
+    "qkv": ((1,), (3, 4)),
+    "out": ((1, 2), (3,)),
+    "up": ((1,), (2,)),
+    "down": ((1,), (2,)),
+}
+
+
+def muon_dimensions(params: Params) -> Params:
+    """Each matrix's inputs and outputs; None for what AdamW takes."""
+
+    def dimensions(path: Any, _: jax.Array) -> Any:
+        name = next((key.key for key in reversed(path) if hasattr(key, "key")), None)
+        if name not in MUON_MATRICES:
+            return None
+        return optax.contrib.MuonDimensionNumbers(*MUON_MATRICES[name])
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)
+
+
+def muon(h: Hyperparameters, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Muon on the blocks' matrices, AdamW on the rest, at steps of one size."""
+    return optax.contrib.muon(
+        schedule,
+        beta=0.95,
+        weight_decay=h.weight_decay,
+        weight_decay_mask=is_matrix,
+        adam_b1=h.b1,
+        adam_b2=h.b2,
+        adam_weight_decay=h.weight_decay,
+        muon_weight_dimension_numbers=muon_dimensions,
+        consistent_rms=0.2,
+    )
+
+
 @dataclass(frozen=True)
 class Optimizer:
     """A row of the table.
@@ -93,7 +152,7 @@ class Optimizer:
     Attributes:
       build: the transformation, from hyperparameters and a schedule.
       extra_args: what its `update` takes beside the gradients.
-      tiny: the hyperparameters for the tiny model, tuned for every optimizer alike (tune.py).
+      tiny: the hyperparameters for the tiny model, tuned for AdamW and Sophia alike (tune.py).
       large: those for GPT-2, from the paper.
     """
 
@@ -121,6 +180,24 @@ OPTIMIZERS = {
         hutchinson,
         tiny=Hyperparameters(3e-3, b1=0.9, b2=0.99, gamma=0.02, weight_decay=0.1, warmup=0.2),
         large=Hyperparameters(4e-4, b1=0.965, b2=0.99, gamma=0.01, weight_decay=0.2, warmup=0.02),
+    ),
+    "contrib_sophia": Optimizer(
+        contrib_sophia,
+        curvature_loss,
+        tiny=Hyperparameters(2e-3, b1=0.9, b2=0.99, gamma=0.02, weight_decay=0.1, warmup=0.2),
+        large=Hyperparameters(4e-4, b1=0.965, b2=0.99, gamma=0.01, weight_decay=0.2, warmup=0.02),
+    ),
+    "lion": Optimizer(
+        lion,
+        no_curvature,
+        tiny=Hyperparameters(1e-3, b1=0.9, b2=0.99, weight_decay=0.1, warmup=0.1),
+        large=Hyperparameters(1e-4, b1=0.9, b2=0.99, weight_decay=0.5, warmup=0.02),
+    ),
+    "muon": Optimizer(
+        muon,
+        no_curvature,
+        tiny=Hyperparameters(1e-2, b1=0.9, b2=0.95, weight_decay=0.1, warmup=0.05),
+        large=Hyperparameters(6e-4, b1=0.9, b2=0.95, weight_decay=0.1, warmup=0.02),
     ),
 }
 

@@ -47,27 +47,22 @@ class Trainer:
         self.tx, self.schedule = optimizers.build(config)
         self.extra_args = optimizers.OPTIMIZERS[config.optimizer].extra_args
         self.has_curvature = self.extra_args is not optimizers.no_curvature
+        self.is_sophia = self.extra_args in (optimizers.gauss_newton, optimizers.hutchinson)
         self.dtype = compute_dtype(device_mesh.devices.flat[0].platform)
         self.structure = nnx.split(self.abstract_model(), nnx.Param)[0]
         self.forward = optimizers.Forward(self.logits, self.loss)
 
         self.abstract_state = jax.eval_shape(self.new_state)
-        shardings = mesh.param_shardings(device_mesh, self.abstract_state.params)
-        replicated = mesh.replicated(device_mesh)
-        self.shardings = TrainState(
-            replicated,
-            shardings,
-            mesh.state_shardings(device_mesh, self.tx, self.abstract_state.opt_state, shardings),
-        )
+        self.shardings = mesh.shardings(device_mesh, self.abstract_state)
         batch = mesh.batch_sharding(device_mesh)
         self.init = jax.jit(self.new_state, out_shardings=self.shardings)
-        self.evaluate = jax.jit(self.loss, in_shardings=(shardings, batch))
+        self.evaluate = jax.jit(self.loss, in_shardings=(self.shardings.params, batch))
         self._step = jax.jit(
             self.train_step,
             static_argnums=2,
             donate_argnums=0,
             in_shardings=(self.shardings, batch),
-            out_shardings=(self.shardings, replicated),
+            out_shardings=(self.shardings, mesh.replicated(device_mesh)),
         )
 
     def abstract_model(self) -> Transformer:
@@ -116,14 +111,16 @@ class Trainer:
         extra_args = {}
         if self.has_curvature:
             part = sophia_optax.curvature_batch(batch_BxL, curvature_size(self.config))
-            extra_args = self.extra_args(self.forward, state.params, part) | {"refresh": refresh}
+            extra_args = self.extra_args(self.forward, state.params, part)
+        if self.is_sophia:
+            extra_args["refresh"] = refresh
         updates, opt_state = self.tx.update(grads, state.opt_state, state.params, **extra_args)
         metrics = {
             "loss": loss,
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": self.schedule(state.step),
         }
-        if self.has_curvature:
+        if self.is_sophia:
             metrics["win_rate"] = sophia_optax.diagnostics(opt_state).win_rate
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state), metrics
@@ -134,7 +131,7 @@ class Trainer:
 
     def step(self, state: TrainState, batch: jax.Array, number: int) -> tuple[TrainState, Metrics]:
         """The compiled step; `number` is the state's own, known here without asking the device."""
-        on_host = self.config.refresh == "host" and self.has_curvature
+        on_host = self.config.refresh == "host" and self.is_sophia
         return self._step(state, batch, self.refreshes_at(number) if on_host else None)
 
 
