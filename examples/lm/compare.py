@@ -1,15 +1,19 @@
 """The runs behind the two commands: one optimizer, or several on the same batches."""
 
+import contextlib
 import dataclasses
+import signal
 import sys
-from typing import Any
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
 
 from examples.lm import data, plot, report
-from examples.lm.config import CompareConfig, TrainConfig, for_optimizer
-from examples.lm.optimizers import OPTIMIZERS, hyperparameters, lookup
-from examples.lm.train import fit
+from examples.lm.checkpoint import Checkpoints
+from examples.lm.config import CompareConfig, RunConfig, TrainConfig, for_optimizer, lookup
+from examples.lm.mesh import make_mesh
+from examples.lm.optimizers import OPTIMIZERS, hyperparameters
+from examples.lm.train import check, fit
 
 
 def compare(config: CompareConfig) -> None:
@@ -20,15 +24,29 @@ def compare(config: CompareConfig) -> None:
 
 
 def train(config: TrainConfig) -> None:
-    """Trains one model with one optimizer."""
+    """Trains one model with one optimizer, or continues where it stopped."""
     lookup(OPTIMIZERS, config.optimizer, "optimizer")
     run(config, {config.optimizer: config}, "train")
 
 
-def run(config: Any, runs: dict[str, TrainConfig], command: str) -> None:
+@contextlib.contextmanager
+def termination() -> Iterator[Callable[[], bool]]:
+    """Yields a function that tells whether SIGTERM has come since."""
+    asked = []
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def run(config: RunConfig, runs: dict[str, TrainConfig], command: str) -> None:
     """Trains the runs one after another and reports on them together."""
+    for run_config in runs.values():
+        check(run_config, make_mesh(run_config.mesh))
     corpus = data.load(config.data)
-    folder = report.output_folder(config.out, command)
+    resume = isinstance(config, TrainConfig) and config.resume
+    folder = report.folder_of(config.out) if resume else report.new_folder(config.out, command)
     # A terminal narrower than the table would cut numbers off; a file has no width at all.
     console = Console(width=None if sys.stdout.isatty() else 100)
     console.print(
@@ -36,14 +54,27 @@ def run(config: Any, runs: dict[str, TrainConfig], command: str) -> None:
         highlight=False,
     )
     results = {}
-    with report.progress_bar(console) as progress:
+    stopping = termination() if command == "train" else contextlib.nullcontext(lambda: False)
+    with report.progress_bar(console) as progress, stopping as terminated:
         for name, run_config in runs.items():
             log = report.tracker(progress, name, run_config.steps, folder / "metrics.jsonl")
-            results[name] = fit(run_config, corpus, log=log)
+            store = Checkpoints(folder, run_config) if command == "train" else None
+            if store is None:
+                results[name] = fit(run_config, corpus, log=log)
+                continue
+            if resume:
+                store.check_same_run()
+            else:
+                store.describe()
+            results[name] = fit(run_config, corpus, log=log, store=store, stop=terminated)
+            store.close()
+    if terminated():
+        (result,) = results.values()
+        console.print(f"Stopped after step {result.steps}. Continue: --resume --out {folder}")
+        return
     bigram_loss = data.bigram_loss(corpus, corpus.validation)
     summaries = {name: report.summary(result) for name, result in results.items()}
-    records = {name: result.records for name, result in results.items()}
-    plot.losses(records, folder / "loss.png", bigram_loss)
+    plot.losses(report.read_metrics(folder / "metrics.jsonl"), folder / "loss.png", bigram_loss)
     report.write_json(
         folder / "summary.json",
         {

@@ -124,9 +124,17 @@ class TrainConfig(RunConfig, Hyperparameters):
 
     Attributes:
       optimizer: a name in `optimizers.OPTIMIZERS`.
+      resume: continue the run in `out` at its newest checkpoint.
+      save_interval: steps from one checkpoint to the next.
+      keep: how many checkpoints are kept.
+      on_save_error: what to do when the disk is full.
     """
 
     optimizer: str = "sophia_g"
+    resume: bool = False
+    save_interval: int = 500
+    keep: int = 3
+    on_save_error: Literal["continue", "stop"] = "continue"
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,12 @@ def shardings(mesh: Mesh, abstract_state: Any) -> Any:
     return jax.tree.map(place, abstract_state, is_leaf=lambda node: isinstance(node, nnx.Param))
 
 
+def local_rows(batch_size: int) -> slice:
+    """The rows of a global batch that this process provides."""
+    rows = batch_size // jax.process_count()
+    return slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
+
+
 def global_batch(local: np.ndarray, mesh: Mesh) -> jax.Array:
     """The processes' rows, one after another, as one sharded array."""
     return jax.make_array_from_process_local_data(batch_sharding(mesh), local)

@@ -15,7 +15,25 @@ from examples.lm.config import UsageError
 from examples.lm.train import Result
 
 
-def output_folder(out: str | None, command: str) -> Path:
+def read_metrics(path: Path) -> dict[str, list[dict[str, float]]]:
+    """The lines of metrics.jsonl by run."""
+    runs: dict[str, list[dict[str, float]]] = {}
+    for line in path.read_text().splitlines():
+        record = json.loads(line)
+        runs.setdefault(record.pop("run"), []).append(record)
+    return runs
+
+
+def folder_of(out: str | None) -> Path:
+    """The folder of a run that is to be continued."""
+    if out is None:
+        raise UsageError("--resume needs the run's folder. Name it with --out.")
+    if not (Path(out) / "run.json").is_file():
+        raise UsageError(f"{out} holds no run to resume. Check --out, or leave out --resume.")
+    return Path(out)
+
+
+def new_folder(out: str | None, command: str) -> Path:
     """A new folder for the results; one that holds something already is refused."""
     name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{command}"
     folder = Path(out) if out else Path("runs") / name
@@ -66,7 +84,7 @@ def summary(result: Result) -> dict[str, Any]:
         "step_seconds": result.step_seconds,
         "curvature_share": result.curvature_share,
         "win_rate": result.win_rate,
-        "steps": len(result.seconds) + 1,
+        "steps": result.steps,
     }
 
 

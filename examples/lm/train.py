@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +73,14 @@ class Trainer:
         """The state before the first step."""
         params = nnx.state(Transformer(self.model, nnx.Rngs(self.config.seed)), nnx.Param)
         return TrainState(jnp.zeros((), jnp.int32), params, self.tx.init(params))
+
+    def abstract_sharded_state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the state: what a checkpoint is read into."""
+        return jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            self.abstract_state,
+            self.shardings,
+        )
 
     def logits(self, params: nnx.State, tokens_BxL: jax.Array) -> jax.Array:
         """The model as a function of its params."""
@@ -144,12 +152,14 @@ class Result:
       seconds: of each step, the first (which compiles) left out.
       refreshed: whether each of those steps estimated the curvature.
       validation_loss: after the last step, nats a token.
+      steps: how many steps the state has behind it.
     """
 
     records: list[dict[str, float]]
     seconds: list[float]
     refreshed: list[bool]
     validation_loss: float
+    steps: int = 0
 
     @property
     def step_seconds(self) -> float:
@@ -198,6 +208,18 @@ def check(config: TrainConfig, device_mesh: Mesh) -> None:
         )
 
 
+class Store(Protocol):
+    """Where a run is kept: `checkpoint.Checkpoints`, or nowhere."""
+
+    def save(self, step: int, state: TrainState, batches: dict[str, Any]) -> None:
+        """Keeps the state after `step` steps."""
+        ...
+
+    def restore(self, abstract_state: TrainState) -> tuple[int, TrainState, dict[str, Any]]:
+        """Returns what was kept last."""
+        ...
+
+
 def fit(
     config: TrainConfig,
     corpus: data.Corpus,
@@ -205,6 +227,8 @@ def fit(
     split: str = "validation",
     device_mesh: Mesh | None = None,
     log: Callable[[dict[str, float]], None] = lambda record: None,
+    store: Store | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Result:
     """Trains one model and validates it on the way.
 
@@ -214,6 +238,8 @@ def fit(
       split: the part of the corpus to validate on.
       device_mesh: the devices; all of them, as `config.mesh` says, if left out.
       log: called with each line of metrics, a step late, so that the device never waits.
+      store: where the state is saved to, and resumed from if `config.resume`.
+      stop: asked after each step; once true, the state is saved and the run ends.
 
     Returns:
       Losses and times.
@@ -222,13 +248,26 @@ def fit(
     check(config, device_mesh)
     trainer = Trainer(config, device_mesh, corpus.vocab_size)
     context = trainer.model.context
-    batches = data.batches(corpus.train, context, config.batch_size, config.seed)
+    batches = data.batches(
+        corpus.train,
+        context,
+        config.batch_size,
+        config.seed,
+        jax.process_index(),
+        jax.process_count(),
+    )
+    rows = mesh.local_rows(config.batch_size)
     held_out = data.evaluation(
         getattr(corpus, split), context, config.batch_size, config.eval_batches
     )
-    held_out = [mesh.global_batch(batch, device_mesh) for batch in held_out]
+    held_out = [mesh.global_batch(batch[rows], device_mesh) for batch in held_out]
 
-    result = Result([], [], [], float("nan"))
+    start, state = 0, None
+    if store and config.resume:
+        start, state, position = store.restore(trainer.abstract_sharded_state())
+        batches.set_state(position)
+    state = state or trainer.init()
+    result = Result([], [], [], float("nan"), start)
 
     def record(line: dict[str, float]) -> None:
         result.records.append(line)
@@ -243,26 +282,35 @@ def fit(
     def report(step: int, metrics: Metrics, started: float) -> None:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         seconds = time.perf_counter() - started
-        if step > 0:
+        if step > start:
             result.seconds.append(seconds)
             result.refreshed.append(trainer.refreshes_at(step))
         if step % config.log_interval == 0 or step == config.steps - 1:
             speed = config.batch_size * context / seconds
             record({"step": step, **values, "tokens_per_second": speed})
 
-    state = trainer.init()
     late: Metrics | None = None
     clock = time.perf_counter()
-    for step in range(config.steps):
+    for step in range(start, config.steps):
         batch = mesh.global_batch(next(batches), device_mesh)
         state, metrics = trainer.step(state, batch, step)
         if late is not None:
             report(step - 1, late, clock)
             clock = time.perf_counter()
         late = metrics
-        if (step + 1) % config.eval_interval == 0 or step == config.steps - 1:
+        done, stopping = step + 1, stop()
+        at_end = done == config.steps or stopping
+        validating = done % config.eval_interval == 0 or done == config.steps
+        saving = store and (done % config.save_interval == 0 or at_end)
+        if validating or saving or at_end:
             report(step, late, clock)
             late = None
-            result.validation_loss = validate(step + 1, state)
+            if validating and not stopping:
+                result.validation_loss = validate(done, state)
+            if store and saving:
+                store.save(done, state, batches.get_state())
             clock = time.perf_counter()
+        result.steps = done
+        if stopping:
+            break
     return result

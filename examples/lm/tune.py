@@ -18,8 +18,10 @@ from examples.lm.config import TrainConfig
 from examples.lm.optimizers import hyperparameters
 from examples.lm.train import fit
 
+Grid = dict[str, tuple[float, ...]]
+
 # Eight points each.
-GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
+FIRST: dict[str, Grid] = {
     "adamw": {
         "learning_rate": (1e-2, 5e-3, 2e-2, 4e-2),
         "b1": (0.9, 0.8),
@@ -39,25 +41,46 @@ GRIDS: dict[str, dict[str, tuple[float, ...]]] = {
     },
 }
 
+# Four more each, past the edges at which the best values lay.
+SECOND: dict[str, Grid] = {
+    "adamw": {
+        "learning_rate": (1e-2, 1.4e-2),
+        "b1": (0.7,),
+        "warmup": (0.1, 0.2),
+    },
+    "sophia_g": {
+        "learning_rate": (6e-3, 8e-3),
+        "gamma": (0.05,),
+        "b1": (0.8, 0.7),
+        "warmup": (0.2,),
+    },
+    "sophia_h": {
+        "learning_rate": (6e-3, 8e-3),
+        "gamma": (0.02,),
+        "b1": (0.8, 0.7),
+        "warmup": (0.2,),
+    },
+}
+
 
 @dataclass(frozen=True)
 class TuneConfig:
     """Which optimizers to tune, and where the results are kept.
 
     Attributes:
-      optimizers: names in `GRIDS`.
+      optimizers: names in `FIRST`.
       results: a file of one JSON object a line, continued if it exists.
       seed: of the params, the batches and the noise; comparisons use others.
       steps: of each try.
     """
 
-    optimizers: tuple[str, ...] = tuple(GRIDS)
+    optimizers: tuple[str, ...] = tuple(FIRST)
     results: str = "benchmarks/results/lm_tuning.jsonl"
     seed: int = 1000
     steps: int = 500
 
 
-def points(grid: dict[str, tuple[float, ...]]) -> list[dict[str, float]]:
+def points(grid: Grid) -> list[dict[str, float]]:
     """All combinations of a grid's values."""
     return [dict(zip(grid, p, strict=True)) for p in itertools.product(*grid.values())]
 
@@ -68,7 +91,10 @@ def tune(config: TuneConfig) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     corpus = data.load("stdlib")
-    queues = [[(name, p) for p in points(GRIDS[name])] for name in config.optimizers]
+    queues = [
+        [(name, p) for grid in (FIRST, SECOND) for p in points(grid[name])]
+        for name in config.optimizers
+    ]
     for name, point in (row for rows in zip(*queues, strict=True) for row in rows):
         key = {"optimizer": name, "seed": config.seed, "steps": config.steps, **point}
         if any(key.items() <= row.items() for row in done):
