@@ -10,7 +10,16 @@ from rich.console import Console
 
 from examples.lm import data, plot, report
 from examples.lm.checkpoint import Checkpoints
-from examples.lm.config import CompareConfig, RunConfig, TrainConfig, for_optimizer, lookup
+from examples.lm.config import (
+    MODELS,
+    CompareConfig,
+    RunConfig,
+    TrainConfig,
+    check_numbers,
+    for_optimizer,
+    lookup,
+    model_config,
+)
 from examples.lm.mesh import make_mesh
 from examples.lm.optimizers import OPTIMIZERS, hyperparameters
 from examples.lm.train import check, fit
@@ -43,8 +52,11 @@ def termination() -> Iterator[Callable[[], bool]]:
 def run(config: RunConfig, runs: dict[str, TrainConfig], command: str) -> None:
     """Trains the runs one after another and reports on them together."""
     for run_config in runs.values():
+        check_numbers(run_config)
         check(run_config, make_mesh(run_config.mesh))
-    corpus = data.load(config.data)
+    lookup(MODELS, config.model, "model")
+    corpus = data.load(config.data, config.tokenizer)
+    data.check_length(corpus, model_config(config, corpus.vocab_size).context)
     resume = isinstance(config, TrainConfig) and config.resume
     folder = report.folder_of(config.out) if resume else report.new_folder(config.out, command)
     # A terminal narrower than the table would cut numbers off; a file has no width at all.

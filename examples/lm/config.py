@@ -1,6 +1,7 @@
 """Everything that can be set, as frozen dataclasses: their fields are the command line's flags."""
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -85,7 +86,9 @@ class RunConfig:
 
     Attributes:
       model: a name in `MODELS`.
-      data: where the text comes from: "stdlib", the sources of the running Python's library.
+      data: where the text comes from: "stdlib", the sources of the running Python's library;
+        "text:PATTERN", files; "bin:FOLDER", nanoGPT's train.bin and val.bin.
+      tokenizer: "bytes"; "bpe:SIZE", learnt from the text; "gpt2", where tiktoken has it.
       steps: optimizer steps.
       batch_size: sequences in a step, over all devices and microbatches.
       accumulate: microbatches that a step is cut into, to save memory.
@@ -103,6 +106,7 @@ class RunConfig:
 
     model: str = "tiny"
     data: str = "stdlib"
+    tokenizer: str = "bytes"
     steps: int = 1500
     batch_size: int = 16
     accumulate: int = 1
@@ -153,6 +157,41 @@ def lookup(table: dict[str, Any], name: str, kind: str) -> Any:
     if name not in table:
         raise UsageError(f"There is no {kind} {name!r}. Choose one of: {', '.join(table)}.")
     return table[name]
+
+
+# What a number has to be: the smallest value, whether that itself is allowed, the largest (not).
+RANGES: dict[str, tuple[float, bool, float]] = {
+    "steps": (1, True, math.inf),
+    "batch_size": (1, True, math.inf),
+    "accumulate": (1, True, math.inf),
+    "curvature_batch": (1, True, math.inf),
+    "eval_interval": (1, True, math.inf),
+    "eval_batches": (1, True, math.inf),
+    "log_interval": (1, True, math.inf),
+    "save_interval": (1, True, math.inf),
+    "update_interval": (1, True, math.inf),
+    "keep": (1, True, math.inf),
+    "seed": (0, True, 2**32),
+    "learning_rate": (0, False, math.inf),
+    "clip_norm": (0, False, math.inf),
+    "gamma": (0, False, math.inf),
+    "weight_decay": (0, True, math.inf),
+    "b1": (0, True, 1),
+    "b2": (0, True, 1),
+    "warmup": (0, True, 1),
+}
+
+
+def check_numbers(config: RunConfig) -> None:
+    """Tells the user of a number that is out of range."""
+    for name, (low, closed, high) in RANGES.items():
+        value = getattr(config, name, None)
+        if value is None or low < value < high or (closed and value == low):
+            continue
+        flag = "--" + name.replace("_", "-")
+        bound = f"{'at least' if closed else 'more than'} {low:g}"
+        bound += "" if high == math.inf else f" and less than {high:g}"
+        raise UsageError(f"{flag} is {value}. It has to be {bound}.")
 
 
 def model_config(config: RunConfig, vocab_size: int) -> ModelConfig:

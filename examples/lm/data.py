@@ -1,13 +1,18 @@
 """Text as token arrays, split by file, and as batches that every process draws its own rows of."""
 
 import functools
+import glob
 import hashlib
 import sysconfig
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import grain
 import numpy as np
+
+from examples.lm import tokenizers
+from examples.lm.config import UsageError
 
 SEPARATOR = b"\0"  # between files: a byte that no source holds
 
@@ -16,6 +21,9 @@ EXCLUDED = {"site-packages", "test", "tests", "idle_test", "encodings", "pydoc_d
 
 # Percent of the files. Hyperparameters are tuned on "tune"; only "validation" is reported.
 SPLITS = {"train": 80, "tune": 10, "validation": 10}
+
+MANY_FILES = 50  # with fewer, a split could come out empty, so that each file is cut instead
+GPT2_VOCABULARY = 50257
 
 
 @dataclass(frozen=True)
@@ -46,21 +54,78 @@ def stdlib_files() -> list[tuple[str, Path]]:
 
 
 @functools.cache
-def stdlib() -> Corpus:
-    """The standard library of the running Python, a byte a token."""
-    texts: dict[str, list[bytes]] = {split: [] for split in SPLITS}
-    for name, path in stdlib_files():
-        texts[split_of(name)].append(path.read_bytes())
-    tokens = {split: np.frombuffer(SEPARATOR.join(t), np.uint8) for split, t in texts.items()}
-    return Corpus(**tokens, vocab_size=256)
+def stdlib() -> dict[str, bytes]:
+    """The sources of the running Python's standard library."""
+    files = stdlib_files()
+    return by_file([name for name, _ in files], [path.read_bytes() for _, path in files])
 
 
-SOURCES = {"stdlib": stdlib}
+def by_file(names: Sequence[str], texts: Sequence[bytes]) -> dict[str, bytes]:
+    """The splits' texts: whole files where there are many, else a part of each file."""
+    parts: dict[str, list[bytes]] = {split: [] for split in SPLITS}
+    for name, text in zip(names, texts, strict=True):
+        if len(names) >= MANY_FILES:
+            parts[split_of(name)].append(text)
+            continue
+        start = 0
+        for split, share in SPLITS.items():
+            end = start + len(text) * share // 100
+            parts[split].append(text[start:end])
+            start = end
+    return {split: SEPARATOR.join(part) for split, part in parts.items()}
 
 
-def load(name: str) -> Corpus:
-    """The corpus of that name."""
-    return SOURCES[name]()
+def text_files(pattern: str) -> dict[str, bytes]:
+    """The user's own files, as a glob pattern names them."""
+    paths = [Path(p) for p in sorted(glob.glob(pattern, recursive=True)) if Path(p).is_file()]
+    if not paths:
+        raise UsageError(f"No file matches {pattern!r}. Check the pattern of --data text:PATTERN.")
+    texts = [path.read_bytes() for path in paths]
+    if not any(texts):
+        raise UsageError(f"The files that match {pattern!r} are empty. Choose others.")
+    return by_file([path.as_posix() for path in paths], texts)
+
+
+def token_files(folder: str) -> Corpus:
+    """nanoGPT's train.bin and val.bin, uint16, never read into memory as a whole."""
+    arrays = {}
+    for name in ("train", "val"):
+        path = Path(folder) / f"{name}.bin"
+        if not path.is_file():
+            raise UsageError(f"There is no {path}. --data bin:FOLDER needs train.bin and val.bin.")
+        if path.stat().st_size == 0 or path.stat().st_size % 2:
+            raise UsageError(f"{path} does not hold 16-bit tokens. Write it as nanoGPT does.")
+        arrays[name] = np.memmap(path, np.uint16, mode="r")
+    half = len(arrays["val"]) // 2
+    return Corpus(arrays["train"], arrays["val"][:half], arrays["val"][half:], GPT2_VOCABULARY)
+
+
+def load(name: str, tokenizer: str = "bytes") -> Corpus:
+    """The corpus that `--data` and `--tokenizer` name."""
+    kind, _, place = name.partition(":")
+    if kind == "bin":
+        return token_files(place)
+    if kind == "text":
+        texts = text_files(place)
+    elif name == "stdlib":
+        texts = stdlib()
+    else:
+        raise UsageError(
+            f"There is no data source {name!r}. Choose stdlib, text:PATTERN or bin:FOLDER."
+        )
+    encode, vocab_size = tokenizers.load(tokenizer, texts["train"])
+    return Corpus(**{split: encode(text) for split, text in texts.items()}, vocab_size=vocab_size)
+
+
+def check_length(corpus: Corpus, context: int) -> None:
+    """Tells the user of a split that does not fill one window."""
+    for split in SPLITS:
+        size = len(getattr(corpus, split))
+        if size <= context:
+            raise UsageError(
+                f"The {split} split has {size} tokens and a window takes {context + 1}. "
+                "Add text, or choose a model with a shorter context."
+            )
 
 
 class Windows:
@@ -102,8 +167,10 @@ def evaluation(tokens: np.ndarray, context: int, batch_size: int, count: int) ->
     return np.stack([windows[i] for i in chosen]).reshape(count, batch_size, context + 1)
 
 
-def bigram_loss(corpus: Corpus, tokens: np.ndarray) -> float:
+def bigram_loss(corpus: Corpus, tokens: np.ndarray) -> float | None:
     """Nats a token that the training text's pair counts, plus one each, give `tokens`."""
+    if corpus.vocab_size > 1024:
+        return None  # pairs of many tokens are too rare to count
     size = corpus.vocab_size
     counts = np.ones((size, size))
     np.add.at(counts, (corpus.train[:-1], corpus.train[1:]), 1)

@@ -188,6 +188,8 @@ class Result:
 
 def check(config: TrainConfig, device_mesh: Mesh) -> None:
     """Tells the user of batches that cannot be cut as asked."""
+    if config.attention == "cudnn" and device_mesh.devices.flat[0].platform != "gpu":
+        raise UsageError("--attention cudnn needs an NVIDIA GPU. Leave it out.")
     shards = mesh.batch_shards(device_mesh)
     sizes = {
         f"--batch-size {config.batch_size} over --accumulate {config.accumulate}": (

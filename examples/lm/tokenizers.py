@@ -1,0 +1,95 @@
+"""Text to tokens: bytes, byte pairs learnt from the text, or GPT-2's."""
+
+import hashlib
+import importlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
+
+from examples.lm.config import UsageError
+
+Encode = Callable[[bytes], np.ndarray]
+Decode = Callable[[list[int]], str]
+
+PIECE = 1 << 16  # bytes handed to a tokenizer at a time
+LEARN_FROM = 1 << 25  # bytes of text that byte pairs are learnt from, at most
+
+
+def cache_folder() -> Path:
+    """Where learnt tokenizers are kept."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "sophia_optax"
+
+
+def load(name: str, text: bytes) -> tuple[Encode, int]:
+    """The encoder of that name, and how many tokens it knows."""
+    encode, _, size = find(name, text)
+    return encode, size
+
+
+def find(name: str, text: bytes) -> tuple[Encode, Decode, int]:
+    """Encoder, decoder and vocabulary size; "bpe:SIZE" is learnt from `text` once and kept."""
+    if name == "bytes":
+        return (
+            lambda text: np.frombuffer(text, np.uint8),
+            lambda tokens: bytes(tokens).decode(errors="replace"),
+            256,
+        )
+    kind, _, size = name.partition(":")
+    if kind == "bpe" and size.isdigit() and 256 < int(size) <= 65536:
+        return byte_pairs(int(size), text)
+    if name == "gpt2":
+        return gpt2()
+    raise UsageError(
+        f"There is no tokenizer {name!r}. Choose bytes, bpe:SIZE (257 to 65536) or gpt2."
+    )
+
+
+def pieces(text: bytes) -> list[str]:
+    """The text in parts of bounded size; bytes that are no UTF-8 become replacement characters."""
+    parts = (text[i : i + PIECE] for i in range(0, len(text), PIECE))
+    return [part.decode(errors="replace") for part in parts]
+
+
+def byte_pairs(size: int, text: bytes) -> tuple[Encode, Decode, int]:
+    """A byte-level BPE learnt from the text, or from the cache if it was learnt before."""
+    digest = hashlib.sha256(text).hexdigest()[:16]
+    path = cache_folder() / f"bpe-{size}-{digest}.json"
+    if path.exists():
+        tokenizer = Tokenizer.from_file(str(path))
+    else:
+        learner = ByteLevelBPETokenizer()
+        learner.train_from_iterator(
+            pieces(text[:LEARN_FROM]), vocab_size=size, min_frequency=2, show_progress=False
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        learner.save(str(unfinished))
+        unfinished.replace(path)
+        tokenizer = Tokenizer.from_file(str(path))
+
+    def encode(text: bytes) -> np.ndarray:
+        ids = (e.ids for e in tokenizer.encode_batch(pieces(text), add_special_tokens=False))
+        return np.concatenate([np.array(i, np.uint16) for i in ids] or [np.zeros(0, np.uint16)])
+
+    return encode, tokenizer.decode, tokenizer.get_vocab_size()
+
+
+def gpt2() -> tuple[Encode, Decode, int]:
+    """GPT-2's byte pairs, by way of tiktoken and its cache."""
+    try:
+        encoding = importlib.import_module("tiktoken").get_encoding("gpt2")
+    except Exception as error:
+        raise UsageError(
+            f"GPT-2's tokenizer is not at hand ({type(error).__name__}). Install tiktoken and let "
+            "it fetch the vocabulary once, or choose --tokenizer bpe:50257."
+        ) from error
+
+    def encode(text: bytes) -> np.ndarray:
+        batches = encoding.encode_ordinary_batch(pieces(text))
+        return np.concatenate([np.array(ids, np.uint16) for ids in batches])
+
+    return encode, encoding.decode, encoding.n_vocab

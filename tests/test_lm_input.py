@@ -1,0 +1,72 @@
+"""Wrong invocations of the trainer: one sentence, exit code 2, nothing written."""
+
+import pytest
+
+from examples.lm.__main__ import main
+
+BAD = {
+    "unknown model": ("--model gpt5", "model 'gpt5'"),
+    "unknown optimizer": ("--optimizer sgd", "optimizer 'sgd'"),
+    "unknown data source": ("--data wikipedia", "'wikipedia'"),
+    "unknown tokenizer": ("--tokenizer words", "'words'"),
+    "too small a vocabulary": ("--tokenizer bpe:100", "'bpe:100'"),
+    "mesh that does not divide": ("--mesh.data 3", "3 x 1 x 1"),
+    "mesh that is too large": ("--mesh.data 16", "needs 16 devices"),
+    "mesh with two unknowns": ("--mesh.data -1 --mesh.fsdp -1", "has no size"),
+    "mesh with a zero": ("--mesh.fsdp 0", "has no size"),
+    "tensor axis beyond the devices": ("--mesh.tensor 5", "there are 8"),
+    "batch smaller than the mesh": ("--batch-size 4", "--batch-size 4"),
+    "batch that does not divide": ("--batch-size 12", "--batch-size 12"),
+    "no batch": ("--batch-size 0", "--batch-size is 0"),
+    "microbatches that do not divide": ("--accumulate 3", "--accumulate 3"),
+    "no microbatches": ("--accumulate 0", "--accumulate is 0"),
+    "curvature batch smaller than the mesh": ("--curvature-batch 4", "--curvature-batch 4"),
+    "curvature batch that does not divide": (
+        "--batch-size 32 --curvature-batch 24",
+        "does not divide --batch-size 32",
+    ),
+    "no steps": ("--steps 0", "--steps is 0"),
+    "negative learning rate": ("--learning-rate -1", "--learning-rate is -1"),
+    "learning rate that is no number": ("--learning-rate nan", "--learning-rate is nan"),
+    "average that forgets nothing": ("--b1 1", "--b1 is 1"),
+    "no curvature scale": ("--gamma 0", "--gamma is 0"),
+    "negative weight decay": ("--weight-decay -0.1", "--weight-decay is -0.1"),
+    "warm-up beyond the run": ("--warmup 2", "--warmup is 2"),
+    "no curvature interval": ("--update-interval 0", "--update-interval is 0"),
+    "negative seed": ("--seed -1", "--seed is -1"),
+    "no checkpoint kept": ("--keep 0", "--keep is 0"),
+    "no validation interval": ("--eval-interval 0", "--eval-interval is 0"),
+    "fused attention without a GPU": ("--attention cudnn", "NVIDIA"),
+    "resume without a folder": ("--resume", "--out"),
+    "resume with nothing there": ("--resume --out {tmp}/nothing", "no run to resume"),
+    "files that do not exist": ("--data text:{tmp}/*.none", "No file matches"),
+    "empty files": ("--data text:{tmp}/empty.txt", "are empty"),
+    "text shorter than a window": ("--data text:{tmp}/short.txt", "has 17 tokens"),
+    "no token files": ("--data bin:{tmp}", "train.bin"),
+    "half a token": ("--data bin:{tmp}/odd", "16-bit"),
+    "results in the way": ("--out {tmp}/used", "exists already"),
+    "a file in the way": ("--out {tmp}/short.txt", "exists already"),
+}
+
+
+@pytest.fixture
+def places(tmp_path):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "short.txt").write_text("sixteen letters. " * 10)
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "train.bin").write_bytes(b"abc")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "summary.json").write_text("{}")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_wrong_invocation_ends_in_one_sentence_and_code_2(name, places, capsys, monkeypatch):
+    monkeypatch.chdir(places)
+    flags, expected = BAD[name]
+    before = {p: p.read_bytes() for p in places.rglob("*") if p.is_file()}
+    assert main(["train", *flags.format(tmp=places).split()]) == 2
+    message = capsys.readouterr().err
+    assert expected in message
+    assert len(message.splitlines()) == 1
+    assert {p: p.read_bytes() for p in places.rglob("*") if p.is_file()} == before
