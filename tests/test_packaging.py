@@ -87,6 +87,20 @@ def test_extras_are_those_that_the_readme_and_contributors_use() -> None:
     assert "sophia_optax[examples]" in extras["test"]
 
 
+@pytest.mark.parametrize("folder", ["examples", "tests"])
+def test_what_is_imported_is_declared(folder: str) -> None:
+    extras = PROJECT["optional-dependencies"]
+    requirements = PROJECT["dependencies"] + extras["examples"]
+    if folder == "tests":
+        requirements += extras["test"]
+    declared = {re.match(r"[\w-]+", requirement)[0] for requirement in requirements}
+    declared = {{"orbax-checkpoint": "orbax"}.get(name, name) for name in declared}
+    ours = {"sophia_optax", "examples", "tests"}
+    for path in (ROOT / folder).rglob("*.py"):
+        found = {name.split(".")[0] for name in imports(path)}
+        assert found <= declared | ours | set(sys.stdlib_module_names), path
+
+
 @pytest.mark.parametrize("path", CORE, ids=lambda path: path.stem)
 def test_the_core_imports_jax_optax_jaxtyping_and_nothing_else(path: Path) -> None:
     allowed = {"jax", "optax", "jaxtyping", "sophia_optax", *sys.stdlib_module_names}
