@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PRNGKeyArray, PyTree
 
-from sophia_optax import _checks, _trees
+from sophia_optax import _arrays, _checks, _trees
 from sophia_optax._types import HessianFn, Params
 
 
@@ -67,7 +67,7 @@ def curvature_batch(batch: PyTree[Any], size: int) -> PyTree[Any]:
 
 def _shards_of_first_axis(leaf: Any) -> int:
     """How many shards an array's first axis is split into, as far as its type tells."""
-    sharding = _trees.explicit_sharding(leaf)
+    sharding = _arrays.explicit_sharding(leaf)
     axes = sharding.spec[0] if sharding is not None and len(sharding.spec) else None
     if sharding is None or axes is None:
         return 1
@@ -120,7 +120,7 @@ def on_emit(
         return jax.lax.cond(
             multi_steps_state.mini_step == k - 1,
             hessian_fn,
-            lambda key: _trees.zeros_of(jax.eval_shape(hessian_fn, key)),
+            lambda key: _arrays.zeros_of(jax.eval_shape(hessian_fn, key)),
             key,
         )
 

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from sophia_optax import _checks, _trees
+from sophia_optax import _arrays, _checks, _trees
 from sophia_optax._likelihoods import categorical
 from sophia_optax._types import HessianFn, Likelihood, OutputsFn, Params
 
@@ -96,15 +96,15 @@ def gauss_newton_bartlett(
         outputs, pullback = jax.vjp(
             lambda leaves: _array(outputs_fn(theta.rebuild(leaves)), likelihood), theta.leaves
         )
-        wide_outputs = outputs.astype(_trees.at_least_float32(outputs.dtype))
+        wide_outputs = outputs.astype(_arrays.at_least_float32(outputs.dtype))
         root = _root_weights(weights, wide_outputs, likelihood.event_ndim)
 
         def one_sample(key: PRNGKeyArray) -> list[Array]:
             cotangent = root * sample(key, wide_outputs)
             (g,) = pullback(cotangent.astype(outputs.dtype))
-            return [jnp.square(leaf.astype(_trees.at_least_float32(leaf.dtype))) for leaf in g]
+            return [jnp.square(leaf.astype(_arrays.at_least_float32(leaf.dtype))) for leaf in g]
 
-        return theta.fill(_trees.mean_over_keys(one_sample, key, num_samples))
+        return theta.fill(_arrays.mean_over_keys(one_sample, key, num_samples))
 
     return hessian_fn
 

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from sophia_optax import _checks, _trees
+from sophia_optax import _arrays, _checks, _trees
 from sophia_optax._types import HessianFn, LossFn, Params
 
 Distribution: TypeAlias = Literal["rademacher", "gaussian"]
@@ -90,7 +90,7 @@ def hutchinson(
             f"probe_chunk is {probe_chunk}, which does not divide num_probes = {num_probes}. "
             "Choose a divisor."
         )
-    draw = _trees.random_signs if distribution == "rademacher" else _trees.random_normal
+    draw = _arrays.random_signs if distribution == "rademacher" else _arrays.random_normal
     theta = _trees.differentiable(params)
     gradient = jax.grad(lambda leaves: _scalar(loss_fn(theta.rebuild(leaves))))
     product = jax.jit(partial(_PRODUCTS[mode], gradient))
@@ -105,14 +105,14 @@ def hutchinson(
     def hessian_fn(key: PRNGKeyArray, /) -> Params:
         if not theta.leaves:
             return theta.fill([])
-        return theta.fill(_trees.mean_over_keys(one_probe, key, num_probes, probe_chunk))
+        return theta.fill(_arrays.mean_over_keys(one_probe, key, num_probes, probe_chunk))
 
     return hessian_fn
 
 
 def _multiply(u: Float[Array, "..."], hu: Float[Array, "..."]) -> Float[Array, "..."]:
     """The product u ⊙ H u, in float32 at least."""
-    dtype = _trees.at_least_float32(u.dtype)
+    dtype = _arrays.at_least_float32(u.dtype)
     return u.astype(dtype) * hu.astype(dtype)
 
 
@@ -208,7 +208,7 @@ def _check_product(
       TypeError: if finite differences would be taken in less than float32.
     """
     if mode == "finite_difference":
-        narrow = {str(t.dtype) for t in theta if _trees.at_least_float32(t.dtype) != t.dtype}
+        narrow = {str(t.dtype) for t in theta if _arrays.at_least_float32(t.dtype) != t.dtype}
         if narrow:
             raise TypeError(
                 f'mode="finite_difference" was given {" and ".join(sorted(narrow))} params, whose '

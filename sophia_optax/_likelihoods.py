@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from sophia_optax import _trees
+from sophia_optax import _arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Categorical:
         classes tie once in about a million draws, and then both count. The shift keeps it so for
         large logits, whose spacing would swallow the noise.)
         """
-        sharding = _trees.explicit_sharding(logits)
+        sharding = _arrays.explicit_sharding(logits)
         gumbel = jax.random.gumbel(key, logits.shape, logits.dtype, out_sharding=sharding)
         shifted = logits - jnp.max(logits, axis=-1, keepdims=True)
         scores = shifted + gumbel
@@ -56,7 +56,7 @@ class Categorical:
     ) -> Float[Array, "*batch V"]:
         """Returns √p ⊙ s - p (√p · s)."""
         p = jax.nn.softmax(logits)
-        root = jnp.sqrt(p) * _trees.random_signs(key, logits)
+        root = jnp.sqrt(p) * _arrays.random_signs(key, logits)
         return root - p * jnp.sum(root, axis=-1, keepdims=True)
 
 
@@ -71,7 +71,7 @@ class Bernoulli:
     ) -> Float[Array, "..."]:
         """Returns sigmoid(z) - ŷ with ŷ in {0, 1}."""
         p = jax.nn.sigmoid(logits)
-        sharding = _trees.explicit_sharding(logits)
+        sharding = _arrays.explicit_sharding(logits)
         uniform = jax.random.uniform(key, logits.shape, logits.dtype, out_sharding=sharding)
         return p - (uniform < p).astype(logits.dtype)
 
@@ -80,7 +80,7 @@ class Bernoulli:
     ) -> Float[Array, "..."]:
         """Returns √(p (1 - p)) s."""
         variance = jax.nn.sigmoid(logits) * jax.nn.sigmoid(-logits)
-        return jnp.sqrt(variance) * _trees.random_signs(key, logits)
+        return jnp.sqrt(variance) * _arrays.random_signs(key, logits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,13 +93,13 @@ class Gaussian:
         self, key: PRNGKeyArray, means: Float[Array, "..."], /
     ) -> Float[Array, "..."]:
         """Returns z - ŷ, a standard normal whatever z is."""
-        return _trees.random_normal(key, means)
+        return _arrays.random_normal(key, means)
 
     def sample_factor(
         self, key: PRNGKeyArray, means: Float[Array, "..."], /
     ) -> Float[Array, "..."]:
         """Returns s, random signs."""
-        return _trees.random_signs(key, means)
+        return _arrays.random_signs(key, means)
 
 
 categorical = Categorical()

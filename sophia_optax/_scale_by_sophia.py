@@ -38,7 +38,7 @@ import optax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
-from sophia_optax import _checks, _trees
+from sophia_optax import _arrays, _checks, _trees
 from sophia_optax._types import HessianFn, Params, Scalar
 
 FLOAT32 = jnp.dtype("float32")  # Not jnp.float32: optax.inject_hyperparams calls callables.
@@ -162,7 +162,9 @@ def scale_by_sophia(
 
     def init(params: Params) -> ScaleBySophiaState:
         def zeros(dtype: DTypeLike | None) -> PyTree[Array]:
-            return jax.tree.map(lambda p: _trees.zeros_like(p, dtype or jnp.result_type(p)), params)
+            return jax.tree.map(
+                lambda p: _arrays.zeros_like(p, dtype or jnp.result_type(p)), params
+            )
 
         return ScaleBySophiaState(
             count=jnp.zeros((), jnp.int32),
@@ -247,7 +249,7 @@ def scale_by_sophia(
 
 def _wide(x: Any) -> Any:
     """Widens an array to float32 at least; a Python number adapts by itself."""
-    return x.astype(_trees.at_least_float32(x.dtype)) if isinstance(x, jax.Array) else x
+    return x.astype(_arrays.at_least_float32(x.dtype)) if isinstance(x, jax.Array) else x
 
 
 def _log(x: Any) -> Any:

@@ -1,0 +1,122 @@
+"""Single arrays: dtypes to compute in, and arrays made where others lie.
+
+Sharding: under Explicit axes the sharding is part of an array's type, so what is drawn or made here
+asks for it. Under Auto axes the compiler propagates it, provided that there is something to
+propagate through. Either way nothing is made on one device and then moved.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+
+def is_inexact(leaf: Any) -> bool:
+    """Whether a leaf is floating point: it can be differentiated, so it can have curvature."""
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+    return jnp.issubdtype(dtype, jnp.inexact)
+
+
+def at_least_float32(dtype: Any) -> jnp.dtype:
+    """The dtype to compute in: float32, or wider if the data is."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def explicit_sharding(leaf: Any) -> NamedSharding | None:
+    """The sharding that is part of a leaf's type, or None where the compiler decides."""
+    sharding = jax.typeof(leaf).sharding
+    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+
+
+def tie(x: Array, leaf: Array) -> Array:
+    """Lets the compiler lay an array out as a leaf of its shape is, by depending on that.
+
+    Args:
+      x: an array that depends on nothing sharded, so that under Auto axes the compiler would make
+        the whole of it on every device.
+      leaf: an array of the same shape.
+
+    Returns:
+      x; except that where the leaf is NaN, it is NaN too.
+    """
+    return jnp.where(leaf != leaf, leaf.astype(x.dtype), x)
+
+
+def zeros_like(leaf: Any, dtype: Any) -> Array:
+    """Zeros of a leaf's shape and sharding, in a buffer of their own.
+
+    Args:
+      leaf: an array, or anything with a shape (abstract leaves give plain zeros).
+      dtype: the dtype of the zeros.
+
+    Returns:
+      An array of zeros.
+    """
+    zeros = jnp.zeros_like(leaf, dtype=dtype)
+    if not isinstance(leaf, jax.Array):
+        return zeros
+    # As `tie`, but the choice is between zero and zero, and the compiler drops it in the end.
+    return jnp.where(leaf != leaf, zeros, jnp.zeros((), dtype))
+
+
+def random_signs(key: PRNGKeyArray, like: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Independent random signs (Rademacher) of an array's shape, dtype and sharding."""
+    sharding = explicit_sharding(like)
+    return tie(jax.random.rademacher(key, like.shape, like.dtype, out_sharding=sharding), like)
+
+
+def random_normal(key: PRNGKeyArray, like: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Standard normals of an array's shape, dtype and sharding.
+
+    Args:
+      key: a PRNG key.
+      like: the array.
+
+    Returns:
+      The draw, made in float32 at least: jax draws a bfloat16 normal from 8 random bits.
+    """
+    dtype, sharding = at_least_float32(like.dtype), explicit_sharding(like)
+    draw = jax.random.normal(key, like.shape, dtype, out_sharding=sharding)
+    return tie(draw.astype(like.dtype), like)
+
+
+def mean_over_keys(
+    draw: Callable[[PRNGKeyArray], list[Array]], key: PRNGKeyArray, num: int, chunk: int = 1
+) -> list[Array]:
+    """Averages independent draws, `chunk` of them at a time.
+
+    The chunks follow each other in a scan that carries their sum, so that memory does not grow with
+    `num`: measured on a scanned transformer, a plain vmap over 4 probes takes 5.7 times the memory
+    of a gradient.
+
+    Args:
+      draw: one draw, from a key to arrays.
+      key: a PRNG key; used as it is for a single draw, otherwise split.
+      num: how many draws to average.
+      chunk: how many to draw at the same time, by vmap; it divides `num`.
+
+    Returns:
+      The mean of the draws.
+    """
+    if num == 1:
+        return draw(key)
+
+    def add(total: list[Array], keys: Array) -> tuple[list[Array], None]:
+        draws = jax.vmap(draw)(keys)
+        return [t + d.sum(axis=0) for t, d in zip(total, draws, strict=True)], None
+
+    keys = jax.random.split(key, num).reshape(num // chunk, chunk)
+    total, _ = jax.lax.scan(add, zeros_of(jax.eval_shape(draw, key)), keys)
+    return [t / num for t in total]
+
+
+def zeros_of(shapes: PyTree[jax.ShapeDtypeStruct]) -> PyTree[Array]:
+    """Zeros for the result of `jax.eval_shape`, in its shardings where those are of the type."""
+
+    def zeros(struct: jax.ShapeDtypeStruct) -> Array:
+        return jnp.zeros(struct.shape, struct.dtype, device=explicit_sharding(struct))
+
+    return jax.tree.map(zeros, shapes)
