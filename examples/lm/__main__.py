@@ -1,15 +1,17 @@
-"""The command line: `python -m examples.lm compare`, `train --optimizer sophia_g`, `tune`."""
+"""The command line: `python -m examples.lm compare`, `train --optimizer sophia_g`, `plan`, ...."""
 
 import sys
 
 import tyro
 
-from examples.lm import compare, tune
+from examples.lm import compare, generate, plan, tune
 from examples.lm.config import CompareConfig, TrainConfig, UsageError
 
 COMMANDS = {
     CompareConfig: compare.compare,
     TrainConfig: compare.train,
+    generate.GenerateConfig: generate.generate,
+    plan.PlanConfig: plan.plan,
     tune.TuneConfig: tune.tune,
 }
 
@@ -20,6 +22,8 @@ def main(arguments: list[str] | None = None) -> int:
         {
             "compare": CompareConfig,
             "train": TrainConfig,
+            "generate": generate.GenerateConfig,
+            "plan": plan.PlanConfig,
             "tune": tune.TuneConfig,
         },
         args=arguments,

@@ -100,20 +100,25 @@ def token_files(folder: str) -> Corpus:
     return Corpus(arrays["train"], arrays["val"][:half], arrays["val"][half:], GPT2_VOCABULARY)
 
 
+def texts_of(name: str) -> dict[str, bytes]:
+    """The splits of a source of text."""
+    kind, _, place = name.partition(":")
+    if kind == "text":
+        return text_files(place)
+    if name == "stdlib":
+        return stdlib()
+    raise UsageError(
+        f"There is no data source {name!r}. Choose stdlib, text:PATTERN or bin:FOLDER."
+    )
+
+
 def load(name: str, tokenizer: str = "bytes") -> Corpus:
     """The corpus that `--data` and `--tokenizer` name."""
     kind, _, place = name.partition(":")
     if kind == "bin":
         return token_files(place)
-    if kind == "text":
-        texts = text_files(place)
-    elif name == "stdlib":
-        texts = stdlib()
-    else:
-        raise UsageError(
-            f"There is no data source {name!r}. Choose stdlib, text:PATTERN or bin:FOLDER."
-        )
-    encode, vocab_size = tokenizers.load(tokenizer, texts["train"])
+    texts = texts_of(name)
+    encode, _, vocab_size = tokenizers.find(tokenizer, texts["train"])
     return Corpus(**{split: encode(text) for split, text in texts.items()}, vocab_size=vocab_size)
 
 

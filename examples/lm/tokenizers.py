@@ -24,12 +24,6 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "sophia_optax"
 
 
-def load(name: str, text: bytes) -> tuple[Encode, int]:
-    """The encoder of that name, and how many tokens it knows."""
-    encode, _, size = find(name, text)
-    return encode, size
-
-
 def find(name: str, text: bytes) -> tuple[Encode, Decode, int]:
     """Encoder, decoder and vocabulary size; "bpe:SIZE" is learnt from `text` once and kept."""
     if name == "bytes":

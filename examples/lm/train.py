@@ -74,6 +74,10 @@ class Trainer:
         params = nnx.state(Transformer(self.model, nnx.Rngs(self.config.seed)), nnx.Param)
         return TrainState(jnp.zeros((), jnp.int32), params, self.tx.init(params))
 
+    def lower(self, state: TrainState, batch: jax.Array, refresh: bool | None) -> Any:
+        """The step before compilation, for shapes in place of arrays."""
+        return self._step.lower(state, batch, refresh)
+
     def abstract_sharded_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state: what a checkpoint is read into."""
         return jax.tree.map(
