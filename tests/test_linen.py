@@ -114,24 +114,29 @@ def test_other_fields_are_replaced_as_in_flax() -> None:
     state = StateWithStatistics.create(
         apply_fn=model.apply,
         params=variables["params"],
-        tx=sophia_optax.sophia_h(2e-2, b1=0.9, update_interval=3),
+        tx=sophia_optax.sophia_g(2e-2, b1=0.9, update_interval=3),
         batch_stats=variables["batch_stats"],
     )
 
     @jax.jit
     def step(state: Any) -> Any:
-        def loss_and_stats(params: Any) -> Any:
-            logits, changed = state.apply_fn(
+        def logits_and_stats(params: Any) -> Any:
+            return state.apply_fn(
                 {"params": params, "batch_stats": state.batch_stats},
                 INPUTS,
                 mutable=["batch_stats"],
                 rngs={"dropout": jax.random.fold_in(jax.random.key(2), state.step)},
             )
+
+        def loss_and_stats(params: Any) -> Any:
+            logits, changed = logits_and_stats(params)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, LABELS)
             return jnp.mean(losses), changed["batch_stats"]
 
         (loss, batch_stats), grads = jax.value_and_grad(loss_and_stats, has_aux=True)(state.params)
-        hessian_fn = sophia_optax.hutchinson(lambda p: loss_and_stats(p)[0], state.params)
+        hessian_fn = sophia_optax.gauss_newton_bartlett(
+            lambda params: logits_and_stats(params)[0], state.params
+        )
         return state.apply_gradients(
             grads=grads, hessian_fn=hessian_fn, batch_stats=batch_stats
         ), loss

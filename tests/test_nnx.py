@@ -101,8 +101,13 @@ def test_the_estimate_has_the_structure_that_nnx_optimizer_hands_to_optax(name: 
 
     spy = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), look)
     optimizer = nnx.Optimizer(model, spy, wrt=nnx.Param)
-    grads = nnx.grad(loss_fn)(model, INPUTS, LABELS)
-    optimizer.update(model, grads, hessian_fn=estimator(name, model))
+
+    @nnx.jit
+    def step(model: nnx.Module, optimizer: nnx.Optimizer) -> None:
+        grads = nnx.grad(loss_fn)(model, INPUTS, LABELS)
+        optimizer.update(model, grads, hessian_fn=estimator(name, model))
+
+    step(model, optimizer)
     ((updates, params, estimate),) = seen
     chex.assert_trees_all_equal_structs(updates, params, estimate)
     chex.assert_trees_all_equal_shapes(updates, params, estimate)
