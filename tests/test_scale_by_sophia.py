@@ -772,6 +772,12 @@ def test_numpy_numbers_are_accepted() -> None:
 # Errors: the fact with the offending value or tree path, then a remedy
 
 
+@pytest.mark.parametrize("name", ["mu_dtype", "nu_dtype"])
+def test_a_dtype_that_holds_no_average_is_refused_at_construction(name: str) -> None:
+    with pytest.raises(TypeError, match=rf"{name} is 'int32'.*floating point"):
+        sophia_optax.scale_by_sophia(**{name: "int32"})
+
+
 BAD_NUMBERS = [
     ("b1", -0.1),
     ("b1", 1.0),
@@ -811,12 +817,6 @@ def assert_helpful(message: str, *facts: str) -> None:
 
 
 @pytest.mark.parametrize("factory", ("scale_by_sophia", "sophia_h", "sophia_g"))
-@pytest.mark.parametrize("name", ["mu_dtype", "nu_dtype"])
-def test_a_dtype_that_holds_no_average_is_refused_at_construction(name: str) -> None:
-    with pytest.raises(TypeError, match=rf"{name} is 'int32'.*floating point"):
-        sophia_optax.scale_by_sophia(**{name: "int32"})
-
-
 @pytest.mark.parametrize(("name", "value"), BAD_NUMBERS)
 def test_a_number_out_of_range_is_refused_at_construction(
     factory: str, name: str, value: Any
