@@ -106,6 +106,7 @@ class Transformer(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         attention: str = "xla",
         remat: bool = False,
+        unroll: bool = False,
         mesh: Mesh | None = None,
     ) -> jax.Array:
         """Returns float32 logits, `[B, L, V]`: position l sees tokens 0 to l."""
@@ -119,7 +120,8 @@ class Transformer(nnx.Module):
             x_BxLxD = constrain(x_BxLxD, mesh, "batch", "length", "features")
             return nnx.merge(structure, params)(x_BxLxD, attention), None
 
-        x_BxLxD, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x_BxLxD, layers)
+        step = jax.checkpoint(layer) if remat else layer
+        x_BxLxD, _ = jax.lax.scan(step, x_BxLxD, layers, unroll=unroll)
         x_BxLxD = self.norm(x_BxLxD)
         logits_BxLxV = jnp.einsum(
             "BLD,VD->BLV",

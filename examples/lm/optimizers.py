@@ -152,6 +152,7 @@ class Optimizer:
     Attributes:
       build: the transformation, from hyperparameters and a schedule.
       extra_args: what its `update` takes beside the gradients.
+      whole_batch: whether its curvature comes from the whole batch rather than a part of it.
       tiny: the hyperparameters for the tiny model, tuned for AdamW and Sophia alike (tune.py).
       large: those for GPT-2, from the paper.
     """
@@ -160,6 +161,7 @@ class Optimizer:
     extra_args: Callable[[Forward, Params, Batch], dict[str, Any]]
     tiny: Hyperparameters
     large: Hyperparameters
+    whole_batch: bool = False
 
 
 OPTIMIZERS = {
@@ -186,6 +188,7 @@ OPTIMIZERS = {
         curvature_loss,
         tiny=Hyperparameters(2e-3, b1=0.9, b2=0.99, gamma=0.02, weight_decay=0.1, warmup=0.2),
         large=Hyperparameters(4e-4, b1=0.965, b2=0.99, gamma=0.01, weight_decay=0.2, warmup=0.02),
+        whole_batch=True,
     ),
     "lion": Optimizer(
         lion,

@@ -60,8 +60,8 @@ class PlanConfig:
     model: str = "gpt2-124m"
     topology: str = "v5e:4x4"
     optimizer: tuple[str, ...] = ("sophia_g",)
-    batch_per_chip: int = 4
-    accumulate: int = 1
+    batch_per_chip: int = 16
+    accumulate: int = 4
     curvature_share: int = 16
     update_interval: int = 10
     remat: bool = False
@@ -116,13 +116,27 @@ def run_config(config: PlanConfig, optimizer: str, chips: int) -> TrainConfig:
     )
 
 
-def compiled_step(config: TrainConfig, device_mesh: Mesh, refresh: bool | None) -> Any:
-    """The run's own training step, compiled for the mesh."""
-    trainer = Trainer(config, device_mesh, MODELS[config.model].vocab_size or 256)
+def lowered_step(
+    config: TrainConfig, device_mesh: Mesh, refresh: bool | None = None, unroll: bool = False
+) -> tuple[Trainer, Any]:
+    """The run's own training step, traced for the mesh."""
+    vocab_size = MODELS[config.model].vocab_size or 256
+    trainer = Trainer(config, device_mesh, vocab_size, unroll=unroll)
     state = trainer.abstract_sharded_state()
     shape = config.batch_size, trainer.model.context + 1
     batch = jax.ShapeDtypeStruct(shape, np.int32, sharding=mesh.batch_sharding(device_mesh))
-    return trainer, trainer.lower(state, batch, refresh).compile()
+    return trainer, trainer.lower(state, batch, refresh)
+
+
+def flops(config: TrainConfig, refresh: bool | None = None) -> float:
+    """XLA's count for a step over all chips; of a branch it counts the costlier side.
+
+    It counts a loop's body once, so layers and microbatches are laid out flat for it, on one
+    device: the sum is the same.
+    """
+    flat = dataclasses.replace(config, accumulate=1, mesh=MeshConfig(1, 1, 1))
+    device_mesh = mesh.make_mesh(flat.mesh, jax.devices("cpu")[:1])
+    return lowered_step(flat, device_mesh, refresh, unroll=True)[1].cost_analysis()["flops"]
 
 
 def shard_bytes(tree: Any) -> int:
@@ -167,16 +181,16 @@ def result_bytes(shapes: str) -> int:
 
 def cost(config: TrainConfig, device_mesh: Mesh, memory: int) -> dict[str, Any]:
     """One optimizer's numbers, per chip."""
-    trainer, program = compiled_step(config, device_mesh, None)
+    trainer, lowered = lowered_step(config, device_mesh)
+    program = lowered.compile()
     state = trainer.abstract_sharded_state()
     analysis = program.memory_analysis()
-    flops = program.cost_analysis()["flops"]
-    plain = flops
+    chips = device_mesh.size
+    refresh_flops = flops(config) / chips
     if trainer.is_sophia:
-        plain = compiled_step(config, device_mesh, False)[1].cost_analysis()["flops"]
-    elif trainer.has_curvature:
-        adamw = dataclasses.replace(config, optimizer="adamw")
-        plain = compiled_step(adamw, device_mesh, None)[1].cost_analysis()["flops"]
+        plain_flops = flops(config, refresh=False) / chips
+    else:  # what AdamW itself computes is nothing beside a gradient
+        plain_flops = flops(dataclasses.replace(config, optimizer="adamw")) / chips
     held = analysis.argument_size_in_bytes + analysis.output_size_in_bytes
     return {
         "params_bytes": shard_bytes(state.params),
@@ -184,9 +198,9 @@ def cost(config: TrainConfig, device_mesh: Mesh, memory: int) -> dict[str, Any]:
         "temp_bytes": analysis.temp_size_in_bytes,
         "peak_bytes": held - analysis.alias_size_in_bytes + analysis.temp_size_in_bytes,
         "hbm_bytes": memory,
-        "flops_step": plain,
-        "flops_refresh_step": flops,
-        "flops_average": plain + (flops - plain) / config.update_interval,
+        "flops_step": plain_flops,
+        "flops_refresh_step": refresh_flops,
+        "flops_average": plain_flops + (refresh_flops - plain_flops) / config.update_interval,
         "collectives": collectives(program.as_text()),
     }
 

@@ -41,11 +41,15 @@ class Trainer:
       evaluate: (params, windows [B, L + 1]) -> the mean loss, a scalar.
     """
 
-    def __init__(self, config: TrainConfig, device_mesh: Mesh, vocab_size: int):
-        self.config, self.mesh = config, device_mesh
+    def __init__(
+        self, config: TrainConfig, device_mesh: Mesh, vocab_size: int, *, unroll: bool = False
+    ):
+        self.config, self.mesh, self.unroll = config, device_mesh, unroll
         self.model = model_config(config, vocab_size)
         self.tx, self.schedule = optimizers.build(config)
-        self.extra_args = optimizers.OPTIMIZERS[config.optimizer].extra_args
+        row = optimizers.OPTIMIZERS[config.optimizer]
+        self.extra_args = row.extra_args
+        self.curvature_size = config.batch_size if row.whole_batch else curvature_size(config)
         self.has_curvature = self.extra_args is not optimizers.no_curvature
         self.is_sophia = self.extra_args in (optimizers.gauss_newton, optimizers.hutchinson)
         self.dtype = compute_dtype(device_mesh.devices.flat[0].platform)
@@ -93,6 +97,7 @@ class Trainer:
             dtype=self.dtype,
             attention=self.config.attention,
             remat=self.config.remat,
+            unroll=self.unroll,
             mesh=self.mesh,
         )
 
@@ -122,7 +127,7 @@ class Trainer:
         loss, grads = self.loss_and_gradient(state.params, batch_BxL)
         extra_args = {}
         if self.has_curvature:
-            part = sophia_optax.curvature_batch(batch_BxL, curvature_size(self.config))
+            part = sophia_optax.curvature_batch(batch_BxL, self.curvature_size)
             extra_args = self.extra_args(self.forward, state.params, part)
         if self.is_sophia:
             extra_args["refresh"] = refresh
