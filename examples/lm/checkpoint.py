@@ -15,7 +15,7 @@ from examples.lm.train import TrainState
 
 # What may differ between a run and its continuation: none of it changes the numbers.
 FREE = {
-    *("mesh", "refresh", "remat", "attention", "out", "resume", "log_interval"),
+    *("mesh", "hosts", "refresh", "remat", "attention", "out", "resume", "log_interval"),
     *("save_interval", "keep", "on_save_error", "eval_interval", "eval_batches"),
 }
 

@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 
+import jax
 from rich.console import Console
 
 from examples.lm import data, plot, report
@@ -20,7 +21,7 @@ from examples.lm.config import (
     lookup,
     model_config,
 )
-from examples.lm.mesh import make_mesh
+from examples.lm.mesh import join_processes, make_mesh
 from examples.lm.optimizers import OPTIMIZERS, hyperparameters
 from examples.lm.train import check, fit
 
@@ -51,6 +52,7 @@ def termination() -> Iterator[Callable[[], bool]]:
 
 def run(config: RunConfig, runs: dict[str, TrainConfig], command: str) -> None:
     """Trains the runs one after another and reports on them together."""
+    join_processes(config.hosts)
     for run_config in runs.values():
         check_numbers(run_config)
         check(run_config, make_mesh(run_config.mesh))
@@ -60,7 +62,8 @@ def run(config: RunConfig, runs: dict[str, TrainConfig], command: str) -> None:
     resume = isinstance(config, TrainConfig) and config.resume
     folder = report.folder_of(config.out) if resume else report.new_folder(config.out, command)
     # A terminal narrower than the table would cut numbers off; a file has no width at all.
-    console = Console(width=None if sys.stdout.isatty() else 100)
+    width = None if sys.stdout.isatty() else 100
+    console = Console(width=width, quiet=jax.process_index() != 0)
     console.print(
         f"{config.data}: {len(corpus.train):,} training tokens; results in {folder}",
         highlight=False,
@@ -83,6 +86,8 @@ def run(config: RunConfig, runs: dict[str, TrainConfig], command: str) -> None:
     if terminated():
         (result,) = results.values()
         console.print(f"Stopped after step {result.steps}. Continue: --resume --out {folder}")
+        return
+    if jax.process_index() != 0:
         return
     bigram_loss = data.bigram_loss(corpus, corpus.validation)
     summaries = {name: report.summary(result) for name, result in results.items()}

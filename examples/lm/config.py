@@ -56,6 +56,23 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class HostConfig:
+    """How the processes of a run on several machines find each other.
+
+    Attributes:
+      auto: ask the TPU pod, SLURM or GKE that started the processes.
+      coordinator: else, host:port of the process 0.
+      processes: how many there are.
+      process: which of them this is.
+    """
+
+    auto: bool = False
+    coordinator: str | None = None
+    processes: int | None = None
+    process: int | None = None
+
+
+@dataclass(frozen=True)
 class Hyperparameters:
     """What the optimizers are built from. None stands for the optimizer's own default.
 
@@ -97,6 +114,7 @@ class RunConfig:
       remat: recompute each block's activations in the backward pass, to save memory.
       attention: XLA's own, or cuDNN's fused kernel.
       mesh: the devices' layout.
+      hosts: the processes, where there are several.
       seed: of the params, the order of the data and the curvature's noise.
       eval_interval: steps from one validation to the next.
       eval_batches: batches in a validation.
@@ -115,6 +133,7 @@ class RunConfig:
     remat: bool = False
     attention: Literal["xla", "cudnn"] = "xla"
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    hosts: HostConfig = field(default_factory=HostConfig)
     seed: int = 0
     eval_interval: int = 100
     eval_batches: int = 16

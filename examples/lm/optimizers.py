@@ -153,7 +153,8 @@ class Optimizer:
       build: the transformation, from hyperparameters and a schedule.
       extra_args: what its `update` takes beside the gradients.
       whole_batch: whether its curvature comes from the whole batch rather than a part of it.
-      tiny: the hyperparameters for the tiny model, tuned for AdamW and Sophia alike (tune.py).
+      tiny: the hyperparameters for the tiny model, for AdamW, Sophia-G and Sophia-H the best of
+        twelve tries each (tune.py, benchmarks/results/lm_tuning.jsonl).
       large: those for GPT-2, from the paper.
     """
 
@@ -168,19 +169,19 @@ OPTIMIZERS = {
     "adamw": Optimizer(
         adamw,
         no_curvature,
-        tiny=Hyperparameters(1e-2, b1=0.9, b2=0.95, weight_decay=0.1, warmup=0.05),
+        tiny=Hyperparameters(1e-2, b1=0.8, b2=0.95, weight_decay=0.1, warmup=0.1),
         large=Hyperparameters(6e-4, b1=0.9, b2=0.95, weight_decay=0.1, warmup=0.02),
     ),
     "sophia_g": Optimizer(
         sophia_g,
         gauss_newton,
-        tiny=Hyperparameters(2e-3, b1=0.9, b2=0.99, gamma=0.05, weight_decay=0.1, warmup=0.2),
+        tiny=Hyperparameters(4e-3, b1=0.8, b2=0.99, gamma=0.2, weight_decay=0.1, warmup=0.2),
         large=Hyperparameters(4e-4, b1=0.965, b2=0.99, gamma=0.05, weight_decay=0.2, warmup=0.02),
     ),
     "sophia_h": Optimizer(
         sophia_h,
         hutchinson,
-        tiny=Hyperparameters(3e-3, b1=0.9, b2=0.99, gamma=0.02, weight_decay=0.1, warmup=0.2),
+        tiny=Hyperparameters(6e-3, b1=0.7, b2=0.99, gamma=0.02, weight_decay=0.1, warmup=0.2),
         large=Hyperparameters(4e-4, b1=0.965, b2=0.99, gamma=0.01, weight_decay=0.2, warmup=0.02),
     ),
     "contrib_sophia": Optimizer(

@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -35,8 +36,12 @@ def folder_of(out: str | None) -> Path:
 
 def new_folder(out: str | None, command: str) -> Path:
     """A new folder for the results; one that holds something already is refused."""
+    if out is None and jax.process_count() > 1:
+        raise UsageError("Several processes need one folder. Name it with --out.")
     name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{command}"
     folder = Path(out) if out else Path("runs") / name
+    if jax.process_index() != 0:
+        return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} exists already. Choose another --out; nothing was overwritten.")
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,6 +59,7 @@ def progress_bar(console: Console) -> Progress:
         TextColumn("{task.fields[speed]}"),
         TimeRemainingColumn(),
         console=console,
+        disable=jax.process_index() != 0,
     )
 
 
@@ -65,6 +71,8 @@ def tracker(
     task = progress.add_task(name, total=steps, **empty)
 
     def log(record: dict[str, float]) -> None:
+        if jax.process_index() != 0:
+            return
         with path.open("a") as file:
             file.write(json.dumps({"run": name, **record}) + "\n")
         if "loss" in record:

@@ -60,7 +60,11 @@ class Trainer:
         self.shardings = mesh.shardings(device_mesh, self.abstract_state)
         batch = mesh.batch_sharding(device_mesh)
         self.init = jax.jit(self.new_state, out_shardings=self.shardings)
-        self.evaluate = jax.jit(self.loss, in_shardings=(self.shardings.params, batch))
+        self.evaluate = jax.jit(
+            self.loss,
+            in_shardings=(self.shardings.params, batch),
+            out_shardings=mesh.replicated(device_mesh),
+        )
         self._step = jax.jit(
             self.train_step,
             static_argnums=2,
@@ -207,6 +211,11 @@ def check(config: TrainConfig, device_mesh: Mesh) -> None:
         ),
         f"--curvature-batch {curvature_size(config)}": (curvature_size(config), shards),
     }
+    if config.batch_size % jax.process_count():
+        raise UsageError(
+            f"--batch-size {config.batch_size} does not divide over {jax.process_count()} "
+            "processes. Choose a multiple."
+        )
     for what, (size, parts) in sizes.items():
         if size < 1 or size % parts:
             raise UsageError(
