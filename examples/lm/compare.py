@@ -70,9 +70,15 @@ def run(config: RunConfig, runs: dict[str, TrainConfig], command: str) -> None:
     )
     results = {}
     stopping = termination() if command == "train" else contextlib.nullcontext(lambda: False)
-    with report.progress_bar(console) as progress, stopping as terminated:
+    with (
+        report.progress_bar(console) as progress,
+        stopping as terminated,
+        contextlib.ExitStack() as closing,
+    ):
         for name, run_config in runs.items():
-            log = report.tracker(progress, name, run_config.steps, folder / "metrics.jsonl")
+            log = report.tracker(
+                progress, name, run_config.steps, folder / "metrics.jsonl", closing
+            )
             store = Checkpoints(folder, run_config) if command == "train" else None
             if store is None:
                 results[name] = fit(run_config, corpus, log=log)

@@ -32,8 +32,9 @@ def losses(runs: dict[str, Records], path: Path, reference: float | None = None)
             reference, color="gray", linestyle=":", label=f"bigram counts: {reference:.3f}"
         )
     if last:
-        top = max([*last, reference or 0.0])
-        axes.set_ylim(min(last) - 0.1, top + 0.6 * (top - min(last)) + 0.3)
+        shown = [*last, *([] if reference is None else [reference])]
+        low, high = min(shown), max(shown)
+        axes.set_ylim(low - 0.1, high + 0.6 * (high - low) + 0.3)
     axes.set(xlabel="step", ylabel="loss (nats a token)", title="validation loss (training: faint)")
     axes.grid(alpha=0.25)
     axes.legend()

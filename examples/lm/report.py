@@ -1,5 +1,6 @@
 """What the user sees of a run: the progress bar, the table, the files."""
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from tensorboardX import SummaryWriter
 
 from examples.lm.config import UsageError
 from examples.lm.train import Result
@@ -64,15 +66,22 @@ def progress_bar(console: Console) -> Progress:
 
 
 def tracker(
-    progress: Progress, name: str, steps: int, path: Path
+    progress: Progress, name: str, steps: int, path: Path, closing: contextlib.ExitStack
 ) -> Callable[[dict[str, float]], None]:
-    """A run's log function: a line in metrics.jsonl and a move of the progress bar."""
+    """A run's log function: metrics.jsonl, TensorBoard and a move of the progress bar.
+
+    What it opens is closed with `closing`.
+    """
+    if jax.process_index() != 0:
+        return lambda record: None
+    board = closing.enter_context(SummaryWriter(str(path.parent / "tensorboard" / name)))
     empty = {"loss": float("nan"), "win": "   -", "speed": ""}
     task = progress.add_task(name, total=steps, **empty)
 
     def log(record: dict[str, float]) -> None:
-        if jax.process_index() != 0:
-            return
+        for key in record.keys() - {"step"}:
+            board.add_scalar(key, record[key], record["step"])
+        board.flush()
         with path.open("a") as file:
             file.write(json.dumps({"run": name, **record}) + "\n")
         if "loss" in record:
