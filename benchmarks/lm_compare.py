@@ -1,0 +1,105 @@
+"""The comparison of `examples.lm` on several seeds: one table, one plot.
+
+    python -m benchmarks.lm_compare
+
+Each seed is one `python -m examples.lm compare`; those whose summary is there already are not run
+again. Writes `benchmarks/results/lm_compare.json` and `.png`.
+"""
+
+import json
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+SEEDS = (0, 1, 2)
+RESULTS = Path("benchmarks/results")
+
+
+def run(seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """One comparison's summary and metrics."""
+    folder = Path(f"runs/seed-{seed}")
+    if not (folder / "summary.json").exists():
+        arguments = ["compare", "--seed", str(seed), "--out", str(folder)]
+        subprocess.run([sys.executable, "-m", "examples.lm", *arguments], check=True)
+    metrics = (folder / "metrics.jsonl").read_text().splitlines()
+    return json.loads((folder / "summary.json").read_text()), [json.loads(m) for m in metrics]
+
+
+def table(summaries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Each optimizer's figures over the seeds; step times as ratios to AdamW's in the same run."""
+    out = {}
+    for name in summaries[0]["runs"]:
+        runs = [summary["runs"][name] for summary in summaries]
+        ratios = [
+            summary["runs"][name]["step_seconds"] / summary["runs"]["adamw"]["step_seconds"]
+            for summary in summaries
+        ]
+        losses = [r["validation_loss"] for r in runs]
+        win_rates = [r["win_rate"] for r in runs if r["win_rate"] is not None]
+        out[name] = {
+            "validation_loss": losses,
+            "validation_loss_mean": float(np.mean(losses)),
+            "step_time_over_adamw": float(np.median(ratios)),
+            "curvature_share": float(np.median([r["curvature_share"] for r in runs])),
+            "win_rate": float(np.mean(win_rates)) if win_rates else None,
+        }
+    return out
+
+
+def plot(metrics: list[list[dict[str, Any]]], bigram_loss: float, path: Path) -> None:
+    """Validation losses by step: the mean over the seeds, and from the least to the largest."""
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    names = dict.fromkeys(m["run"] for m in metrics[0])
+    last = []
+    for index, name in enumerate(names):
+        lines = [m for run in metrics for m in run if m["run"] == name and "val_loss" in m]
+        steps = sorted({m["step"] for m in lines})
+        losses = np.array([[m["val_loss"] for m in lines if m["step"] == s] for s in steps])
+        mean = losses.mean(axis=1)
+        axes.plot(steps, mean, color=f"C{index}", label=f"{name}: {mean[-1]:.3f}")
+        axes.fill_between(
+            steps, losses.min(axis=1), losses.max(axis=1), color=f"C{index}", alpha=0.2, linewidth=0
+        )
+        last.append(mean[-1])
+    axes.axhline(bigram_loss, color="gray", ls=":", label=f"bigram counts: {bigram_loss:.3f}")
+    axes.set_ylim(min(last) - 0.1, bigram_loss + 0.5)
+    axes.set(
+        xlabel="step",
+        ylabel="validation loss (nats a byte)",
+        title=f"{len(metrics)} seeds: mean, least and largest",
+    )
+    axes.grid(alpha=0.25)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Runs what is missing and writes the results."""
+    summaries, metrics = zip(*map(run, SEEDS), strict=True)
+    bigram_loss = summaries[0]["bigram_loss"]
+    result = {
+        "command": "python -m benchmarks.lm_compare",
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("jax", "optax", "flax")},
+        "seeds": SEEDS,
+        "bigram_loss": bigram_loss,
+        "hyperparameters": summaries[0]["hyperparameters"],
+        "optimizers": table(list(summaries)),
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / "lm_compare.json").write_text(json.dumps(result, indent=2) + "\n")
+    plot(list(metrics), bigram_loss, RESULTS / "lm_compare.png")
+    print(json.dumps(result["optimizers"], indent=2))
+
+
+if __name__ == "__main__":
+    main()
