@@ -228,12 +228,16 @@ def test_curvature_is_estimated_on_every_tenth_step_and_on_no_other(comparison, 
     assert changes == [10, 20]
 
 
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_a_folder_with_results_in_it_is_left_as_it_is(comparison, capsys):
     folder, _, _ = comparison
-    before = {path: path.read_bytes() for path in folder.iterdir()}
+    before = contents(folder)
     assert main(["train", "--out", str(folder)]) == 2
     assert str(folder) in capsys.readouterr().err
-    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert contents(folder) == before
 
 
 def test_the_share_of_curvature_is_what_refreshing_steps_take_more_than_others():
