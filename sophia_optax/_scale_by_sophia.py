@@ -154,10 +154,9 @@ def scale_by_sophia(
         return decay * _wide(m) + (1 - b1) * jnp.asarray(g, _wide(m).dtype)
 
     def denominator(h: Array, refreshes: Int[Array, ""]) -> Array:
-        scale = gamma
-        if bias_correction:
-            # 1 - b2ⁿ without the cancellation that costs three digits at b2 = 0.9999.
-            scale /= jnp.where(refreshes == 0, 1.0, -jnp.expm1(refreshes * log_b2))
+        # 1 - b2ⁿ without the cancellation that costs three digits at b2 = 0.9999.
+        share = jnp.where(refreshes == 0, 1.0, -jnp.expm1(refreshes * log_b2))
+        scale = gamma / share if bias_correction else gamma
         return jnp.maximum(scale * _wide(h), eps)
 
     def init(params: Params) -> ScaleBySophiaState:
@@ -204,9 +203,7 @@ def scale_by_sophia(
             # not finite somewhere; so a sharded refresh adds a single all-reduce, of a scalar.
             unclipped = jnp.zeros((), jnp.float32)
             for g, m, h in zip(gs, ms, candidates, strict=True):
-                bound = denominator(h, refreshes) * (
-                    1 if clip_threshold is None else clip_threshold
-                )
+                bound = denominator(h, refreshes) * (1 if clip is None else clip)
                 won = (jnp.abs(momentum(g, m, b1)) < bound).astype(jnp.float32)
                 unclipped += jnp.sum(jnp.where(jnp.isfinite(h), won, jnp.nan))
             accepted = ~jnp.isnan(unclipped)
