@@ -131,6 +131,15 @@ def test_remat_changes_no_logit():
     np.testing.assert_array_equal(model(tokens), model(tokens, remat=True))
 
 
+def test_bfloat16_computes_the_logits_to_its_precision_and_returns_float32():
+    model = Transformer(MICRO, nnx.Rngs(0))
+    tokens = jnp.arange(16)[None]
+    wide, narrow = model(tokens), model(tokens, dtype=jnp.bfloat16)
+    assert narrow.dtype == jnp.float32
+    assert (narrow != wide).any()
+    np.testing.assert_allclose(narrow, wide, atol=0.03 * float(jnp.abs(wide).max()))
+
+
 # --- step -----------------------------------------------------------------------------------------
 
 

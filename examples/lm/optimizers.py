@@ -1,6 +1,7 @@
 """The optimizers by name: how each is built, the curvature it asks for, its defaults."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -65,22 +66,13 @@ def adamw(h: Hyperparameters, schedule: optax.Schedule) -> optax.GradientTransfo
     return optax.adamw(schedule, h.b1, h.b2, weight_decay=h.weight_decay, mask=is_matrix)
 
 
-def sophia_g(h: Hyperparameters, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Sophia with the Gauss-Newton-Bartlett estimator."""
-    return sophia_optax.sophia_g(
-        schedule,
-        b1=h.b1,
-        b2=h.b2,
-        gamma=h.gamma,
-        update_interval=h.update_interval,
-        weight_decay=h.weight_decay,
-        mask=is_matrix,
-    )
-
-
-def sophia_h(h: Hyperparameters, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Sophia with Hutchinson's estimator."""
-    return sophia_optax.sophia_h(
+def sophia(
+    make: Callable[..., optax.GradientTransformationExtraArgs],
+    h: Hyperparameters,
+    schedule: optax.Schedule,
+) -> optax.GradientTransformation:
+    """Sophia-G or Sophia-H, as `make` says; they differ in the curvature that they are given."""
+    return make(
         schedule,
         b1=h.b1,
         b2=h.b2,
@@ -92,7 +84,7 @@ def sophia_h(h: Hyperparameters, schedule: optax.Schedule) -> optax.GradientTran
 
 
 def contrib_sophia(h: Hyperparameters, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Optax's own Sophia: Hutchinson's estimator with Gaussian probes, used a refresh late."""
+    """Optax's own Sophia: Hutchinson's estimator with random signs, used a refresh late."""
     return optax.contrib.sophia(
         schedule,
         b1=h.b1,
@@ -173,13 +165,13 @@ OPTIMIZERS = {
         large=Hyperparameters(6e-4, b1=0.9, b2=0.95, weight_decay=0.1, warmup=0.02),
     ),
     "sophia_g": Optimizer(
-        sophia_g,
+        functools.partial(sophia, sophia_optax.sophia_g),
         gauss_newton,
         tiny=Hyperparameters(4e-3, b1=0.8, b2=0.99, gamma=0.2, weight_decay=0.1, warmup=0.2),
         large=Hyperparameters(4e-4, b1=0.965, b2=0.99, gamma=0.05, weight_decay=0.2, warmup=0.02),
     ),
     "sophia_h": Optimizer(
-        sophia_h,
+        functools.partial(sophia, sophia_optax.sophia_h),
         hutchinson,
         tiny=Hyperparameters(6e-3, b1=0.7, b2=0.99, gamma=0.02, weight_decay=0.1, warmup=0.2),
         large=Hyperparameters(4e-4, b1=0.965, b2=0.99, gamma=0.01, weight_decay=0.2, warmup=0.02),
