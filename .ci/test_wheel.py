@@ -17,7 +17,7 @@ package = importlib.resources.files("sophia_optax")
 assert "site-packages" in str(package), f"not the installed wheel: {package}"
 assert (package / "py.typed").is_file()
 assert sophia_optax.__version__ == importlib.metadata.version("sophia_optax")
-for absent in ("flax", "chex", "beartype", "tests", "examples"):
+for absent in ("flax", "matplotlib", "chex", "beartype", "tests", "examples"):
     assert importlib.util.find_spec(absent) is None, f"{absent} is installed"
 
 x = jnp.linspace(-1.0, 1.0, 64).reshape(16, 4)
@@ -53,12 +53,12 @@ for tx, hessian_of in (
     assert int(sophia_optax.diagnostics(state).refreshes) == 5
     print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
 
-for adapter in ("nnx", "linen"):
+for module, needs in (("nnx", "flax"), ("linen", "flax"), ("plotting", "matplotlib")):
     try:
-        __import__(f"sophia_optax.{adapter}")
+        __import__(f"sophia_optax.{module}")
     except ImportError as error:
-        assert "flax" in str(error), error
+        assert needs in str(error), error
     else:
-        raise AssertionError(f"sophia_optax.{adapter} imported without Flax")
+        raise AssertionError(f"sophia_optax.{module} imported without {needs}")
 
 print(f"sophia_optax {sophia_optax.__version__}, jax {jax.__version__}: the wheel works")

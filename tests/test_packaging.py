@@ -13,9 +13,9 @@ import sophia_optax
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "sophia_optax"
-ADAPTERS = {"nnx", "linen"}
+OPTIONAL = {"nnx", "linen", "plotting"}
 MODULES = sorted(PACKAGE.glob("*.py"))
-CORE = [path for path in MODULES if path.stem not in ADAPTERS]
+CORE = [path for path in MODULES if path.stem not in OPTIONAL]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 PUBLIC_NAMES = {
@@ -83,7 +83,7 @@ def test_the_dependencies_are_three() -> None:
 
 def test_extras_are_those_that_the_readme_and_contributors_use() -> None:
     extras = PROJECT["optional-dependencies"]
-    assert {"test", "examples", "notebooks", "docs", "tpu", "dev"} <= set(extras)
+    assert {"test", "examples", "plotting", "notebooks", "docs", "tpu", "dev"} <= set(extras)
     assert "sophia_optax[examples]" in extras["test"]
 
 
@@ -131,6 +131,6 @@ def test_what_users_copy_imports_public_names_alone(folder: str) -> None:
                 assert not name.split(".")[1].startswith("_"), f"{path}: {name}"
 
 
-def test_importing_the_library_does_not_import_flax() -> None:
-    code = "import sys, sophia_optax; sys.exit('flax' in sys.modules)"
+def test_importing_the_library_imports_neither_flax_nor_matplotlib() -> None:
+    code = "import sys, sophia_optax; sys.exit(bool({'flax', 'matplotlib'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
