@@ -4,7 +4,7 @@ import sys
 
 import tyro
 
-from examples.lm import compare, generate, plan, tune
+from examples.lm import compare, generate, hosts, plan, tune
 from examples.lm.config import CompareConfig, TrainConfig, UsageError
 
 COMMANDS = {
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         COMMANDS[type(config)](config)
     except UsageError as error:
         print(error, file=sys.stderr)
-        return 2
+        return hosts.leave(2)
     return 0
 
 

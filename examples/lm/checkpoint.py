@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import logging
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from examples.lm.config import TrainConfig, UsageError
 from examples.lm.optimizers import hyperparameters
@@ -21,13 +24,30 @@ FREE = {
 
 
 class Checkpoints:
-    """The checkpoints in a run's folder, for one configuration."""
+    """The checkpoints in a run's folder, for one configuration.
 
-    def __init__(self, folder: Path, config: TrainConfig):
-        self.config, self.folder = config, folder
+    Orbax writes each under a temporary name and renames it when it is whole, so that a process may
+    be killed at any moment: what has a step for its name can be read.
+
+    Args:
+      folder: the run's.
+      config: the run.
+      read_only: leave everything as it is, for readers beside a run that may still go on.
+    """
+
+    def __init__(self, folder: Path, config: TrainConfig, *, read_only: bool = False):
+        self.config, self.folder, self.read_only = config, folder, read_only
         self.record = folder / "run.json"
         self.path = (folder / "checkpoints").absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, create=True)
+        self.saving: int | None = None
+        # Orbax logs four stacks for an error that it raises as well; `_failed` says it once.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=config.keep,
+            create=not read_only,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
+        )
         self.manager = ocp.CheckpointManager(self.path, options=options)
 
     def describe(self) -> None:
@@ -49,64 +69,96 @@ class Checkpoints:
                 "Resume it with its own settings, or choose another --out."
             )
 
-    def save(self, step: int, state: TrainState, batches: dict[str, Any]) -> None:
-        """Starts writing; a failure leaves the older checkpoints and is said or raised."""
+    def save(self, step: int, state: TrainState, batches: Any) -> None:
+        """Starts writing, once what was being written is on disk."""
+        self.wait()
         if step in self.manager.all_steps():
             return
         items = {"state": ocp.args.StandardSave(state), "batches": ocp.args.JsonSave(batches)}
+        self.saving = step
         try:
             self.manager.save(step, args=ocp.args.Composite(**items))
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self._failed(error)
+
+    def check(self) -> None:
+        """Says or raises what has gone wrong in the background, without waiting for it."""
+        if self.saving is not None and not self.manager.is_saving_in_progress():
+            self.wait()
 
     def wait(self) -> None:
-        """Returns once all is on disk."""
+        """Returns once all is on disk, or is known not to get there."""
         try:
             self.manager.wait_until_finished()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # the second from TensorStore, for all that failed
             self._failed(error)
+        self.saving = None
 
-    def restore(self, abstract_state: TrainState) -> tuple[int, TrainState, dict[str, Any]]:
-        """The newest checkpoint that can be read, in the shardings of `abstract_state`."""
+    def restore(self, abstract_state: TrainState) -> tuple[int, TrainState, Any] | None:
+        """The newest checkpoint that can be read, in the shardings of `abstract_state`.
+
+        None if the run was stopped before its first one.
+        """
         items = {
             "state": ocp.args.StandardRestore(abstract_state),
             "batches": ocp.args.JsonRestore(),
         }
-        for step in sorted(self.manager.all_steps(), reverse=True):
+        steps = sorted(self.manager.all_steps(), reverse=True)
+        for step in steps:
             try:
                 restored = self.manager.restore(step, args=ocp.args.Composite(**items))
-                drop_lines_after(self.folder / "metrics.jsonl", step)
-                return step, restored["state"], restored["batches"]
             except Exception as error:  # whatever a torn file makes its reader raise
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                print(
-                    f"Warning: the checkpoint {self.path / str(step)} cannot be read ({reason}). "
-                    "Trying the one before.",
-                    file=sys.stderr,
-                )
-                self.manager.delete(step)
-        raise UsageError(f"{self.path} holds no checkpoint to resume from. Leave out --resume.")
+                self._set_aside(step, error)
+                continue
+            self._forget_lines_after(step)
+            return step, restored["state"], restored["batches"]
+        if steps:
+            raise UsageError(f"No checkpoint in {self.path} can be read. Start with another --out.")
+        self._forget_lines_after(0)
+        return None
 
     def close(self) -> None:
         """Waits for what is being written and frees the threads."""
         self.wait()
         self.manager.close()
 
-    def _failed(self, error: OSError) -> None:
-        message = f"the checkpoint could not be saved ({error}); the older ones are kept."
+    def _set_aside(self, step: int, error: Exception) -> None:
+        """Gives what cannot be read another name, so that its step can be saved again."""
+        torn = self.path / str(step)
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        print(
+            f"Warning: the checkpoint {torn} cannot be read ({reason}). Trying the one before.",
+            file=sys.stderr,
+        )
+        if self.read_only:
+            return
+        if jax.process_index() == 0:
+            torn.rename(self.path / f"{step}.unreadable")
+        multihost_utils.sync_global_devices(f"set aside {step}")
+        self.manager.reload()
+
+    def _forget_lines_after(self, steps: int) -> None:
+        """Takes what came after `steps` steps out of the log: the resumed run logs it again."""
+        path = self.folder / "metrics.jsonl"
+        if self.read_only or jax.process_index() != 0 or not path.exists():
+            return
+        whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
+        records = [json.loads(line) for line in whole]
+        kept = [r for r in records if r["step"] < steps + ("val_loss" in r)]
+        path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+
+    def _failed(self, error: Exception) -> None:
+        if jax.process_index() == 0:  # half a checkpoint is of no use, and the disk may be full
+            for unfinished in self.path.glob(f"{self.saving}.*tmp*"):
+                shutil.rmtree(unfinished, ignore_errors=True)
+        reason = str(error).splitlines()[0].rstrip(".")
+        message = (
+            f"the checkpoint after step {self.saving} could not be saved ({reason}); the older "
+            "ones are kept."
+        )
         if self.config.on_save_error == "stop":
             raise UsageError(f"Stopped: {message} Free some space and --resume.") from error
-        print(f"Warning: {message} Training goes on.", file=sys.stderr)
-
-
-def drop_lines_after(path: Path, steps: int) -> None:
-    """Forgets what was logged after `steps` steps: the resumed run logs it again."""
-    if jax.process_index() != 0 or not path.exists():
-        return
-    whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
-    records = [json.loads(line) for line in whole]
-    kept = [r for r in records if r["step"] < steps + ("val_loss" in r)]
-    path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        print(f"Warning: {message}", file=sys.stderr)
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:

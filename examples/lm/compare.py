@@ -2,14 +2,13 @@
 
 import contextlib
 import dataclasses
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import jax
 from rich.console import Console
 
-from examples.lm import data, plot, report
+from examples.lm import data, hosts, plot, report
 from examples.lm.checkpoint import Checkpoints
 from examples.lm.config import (
     MODELS,
@@ -21,9 +20,10 @@ from examples.lm.config import (
     lookup,
     model_config,
 )
-from examples.lm.mesh import join_processes, make_mesh
-from examples.lm.optimizers import OPTIMIZERS, hyperparameters
-from examples.lm.train import check, fit
+from examples.lm.loop import Result, fit
+from examples.lm.mesh import make_mesh
+from examples.lm.optimizers import OPTIMIZERS, SECOND_ORDER, hyperparameters
+from examples.lm.train import check
 
 
 def compare(config: CompareConfig) -> None:
@@ -39,20 +39,9 @@ def train(config: TrainConfig) -> None:
     run(config, {config.optimizer: config}, "train")
 
 
-@contextlib.contextmanager
-def termination() -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether SIGTERM has come since."""
-    asked = []
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
-    try:
-        yield lambda: bool(asked)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def run(config: RunConfig, runs: dict[str, TrainConfig], command: str) -> None:
     """Trains the runs one after another and reports on them together."""
-    join_processes(config.hosts)
+    hosts.join(config.hosts, agree=command == "train")
     for run_config in runs.values():
         check_numbers(run_config)
         check(run_config, make_mesh(run_config.mesh))
@@ -64,37 +53,77 @@ def run(config: RunConfig, runs: dict[str, TrainConfig], command: str) -> None:
     # A terminal narrower than the table would cut numbers off; a file has no width at all.
     width = None if sys.stdout.isatty() else 100
     console = Console(width=width, quiet=jax.process_index() != 0)
-    console.print(
-        f"{config.data}: {len(corpus.train):,} training tokens; results in {folder}",
-        highlight=False,
-    )
+    describe(console, config, runs, corpus, folder)
+    again = f"--resume --out {folder}" if command == "train" else "another --out"
+    with hosts.last_words(
+        "Stopped: this process or another one of the run died; the lines above say which. Start "
+        f"all of them again with {again}."
+    ):
+        results = train_all(console, runs, corpus, folder, checkpoints=command == "train")
+    if any(result.steps < runs[name].steps for name, result in results.items()):
+        (result,) = results.values()
+        console.print(f"Stopped after step {result.steps}. Continue: --resume --out {folder}")
+    elif jax.process_index() == 0:
+        write_summary(console, config, runs, results, corpus, folder)
+
+
+def describe(
+    console: Console,
+    config: RunConfig,
+    runs: dict[str, TrainConfig],
+    corpus: data.Corpus,
+    folder: Path,
+) -> None:
+    """Says what is about to run."""
+    size = "streamed" if corpus.windows else f"{len(corpus.train):,} training tokens"
+    console.print(f"{config.data}: {size}; results in {folder}", highlight=False)
+    for name in runs:
+        if config.attention != "xla" and OPTIMIZERS[name].extra_args in SECOND_ORDER:
+            console.print(
+                f"{name} takes its curvature through XLA's attention, not {config.attention}'s, "
+                "which has no second derivative."
+            )
+
+
+def train_all(
+    console: Console,
+    runs: dict[str, TrainConfig],
+    corpus: data.Corpus,
+    folder: Path,
+    checkpoints: bool,
+) -> dict[str, Result]:
+    """The runs' results, up to where SIGTERM ended one that has checkpoints."""
     results = {}
-    stopping = termination() if command == "train" else contextlib.nullcontext(lambda: False)
+    termination = hosts.termination() if checkpoints else contextlib.nullcontext()
     with (
         report.progress_bar(console) as progress,
-        stopping as terminated,
+        termination as stop,
         contextlib.ExitStack() as closing,
     ):
-        for name, run_config in runs.items():
-            log = report.tracker(
-                progress, name, run_config.steps, folder / "metrics.jsonl", closing
-            )
-            store = Checkpoints(folder, run_config) if command == "train" else None
-            if store is None:
-                results[name] = fit(run_config, corpus, log=log)
+        for name, config in runs.items():
+            log = report.tracker(progress, name, config.steps, folder / "metrics.jsonl", closing)
+            if stop is None:
+                results[name] = fit(config, corpus, log=log)
                 continue
-            if resume:
+            store = Checkpoints(folder, config)
+            if config.resume:
                 store.check_same_run()
             else:
                 store.describe()
-            results[name] = fit(run_config, corpus, log=log, store=store, stop=terminated)
+            results[name] = fit(config, corpus, log=log, store=store, stop=stop)
             store.close()
-    if terminated():
-        (result,) = results.values()
-        console.print(f"Stopped after step {result.steps}. Continue: --resume --out {folder}")
-        return
-    if jax.process_index() != 0:
-        return
+    return results
+
+
+def write_summary(
+    console: Console,
+    config: RunConfig,
+    runs: dict[str, TrainConfig],
+    results: dict[str, Result],
+    corpus: data.Corpus,
+    folder: Path,
+) -> None:
+    """Leaves loss.png and summary.json, and prints the table."""
     bigram_loss = data.bigram_loss(corpus, corpus.validation)
     summaries = {name: report.summary(result) for name, result in results.items()}
     plot.losses(report.read_metrics(folder / "metrics.jsonl"), folder / "loss.png", bigram_loss)

@@ -64,12 +64,14 @@ class HostConfig:
       coordinator: else, host:port of the process 0.
       processes: how many there are.
       process: which of them this is.
+      timeout: seconds without a sign of life after which a process counts as dead.
     """
 
     auto: bool = False
     coordinator: str | None = None
     processes: int | None = None
     process: int | None = None
+    timeout: int = 100
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,9 @@ class RunConfig:
     Attributes:
       model: a name in `MODELS`.
       data: where the text comes from: "stdlib", the sources of the running Python's library;
-        "text:PATTERN", files; "bin:FOLDER", nanoGPT's train.bin and val.bin.
+        "packages", those and the sources of what is installed; "text:PATTERN", files;
+        "bin:FOLDER", nanoGPT's train.bin and val.bin; "hf:NAME" or "hf:NAME:CONFIG", a Hugging
+        Face dataset with a column "text", streamed.
       tokenizer: "bytes"; "bpe:SIZE", learnt from the text; "gpt2", where tiktoken has it.
       steps: optimizer steps.
       batch_size: sequences in a step, over all devices and microbatches.
@@ -112,7 +116,7 @@ class RunConfig:
       curvature_batch: sequences that a curvature estimate sees; half the batch if left out.
       refresh: "cond" branches on the device; "host" compiles two steps and picks one.
       remat: recompute each block's activations in the backward pass, to save memory.
-      attention: XLA's own, or cuDNN's fused kernel.
+      attention: XLA's own, or cuDNN's fused kernel, which Hutchinson's estimator goes around.
       mesh: the devices' layout.
       hosts: the processes, where there are several.
       seed: of the params, the order of the data and the curvature's noise.
@@ -150,7 +154,7 @@ class TrainConfig(RunConfig, Hyperparameters):
       resume: continue the run in `out` at its newest checkpoint.
       save_interval: steps from one checkpoint to the next.
       keep: how many checkpoints are kept.
-      on_save_error: what to do when the disk is full.
+      on_save_error: what to do when a checkpoint cannot be written, as on a full disk.
     """
 
     optimizer: str = "sophia_g"

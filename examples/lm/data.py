@@ -4,14 +4,15 @@ import functools
 import glob
 import hashlib
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
 
-from examples.lm import tokenizers
+from examples.lm import stream, tokenizers
 from examples.lm.config import UsageError
 
 SEPARATOR = b"\0"  # between files: a byte that no source holds
@@ -22,18 +23,26 @@ EXCLUDED = {"site-packages", "test", "tests", "idle_test", "encodings", "pydoc_d
 # Percent of the files. Hyperparameters are tuned on "tune"; only "validation" is reported.
 SPLITS = {"train": 80, "tune": 10, "validation": 10}
 
+HELD_OUT = 1 << 20  # bytes of a stream's documents that each held-out split takes, at most
+SHUFFLED = 1024  # windows of a stream that are in memory and shuffled at a time
+
 MANY_FILES = 50  # with fewer, a split could come out empty, so that each file is cut instead
 GPT2_VOCABULARY = 50257
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """One-dimensional arrays of tokens, and how many different tokens there may be."""
+    """One-dimensional arrays of tokens, and how many different tokens there may be.
+
+    Where the training text is a stream, `train` is its beginning, and `windows`, from (context,
+    process, processes), is all of it.
+    """
 
     train: np.ndarray
     tune: np.ndarray
     validation: np.ndarray
     vocab_size: int
+    windows: Callable[[int, int, int], grain.IterDataset] | None = None
 
 
 def split_of(name: str) -> str:
@@ -46,11 +55,16 @@ def split_of(name: str) -> str:
     raise AssertionError("the splits' shares add up to 100")
 
 
-def stdlib_files() -> list[tuple[str, Path]]:
-    """The standard library's sources by name relative to it, in order."""
-    root = Path(sysconfig.get_path("stdlib"))
+def python_files(folder: str) -> list[tuple[str, Path]]:
+    """The sources in one of Python's folders by name relative to it, in order."""
+    root = Path(sysconfig.get_path(folder))
     files = (path.relative_to(root) for path in root.rglob("*.py"))
     return sorted((p.as_posix(), root / p) for p in files if not EXCLUDED.intersection(p.parts))
+
+
+def stdlib_files() -> list[tuple[str, Path]]:
+    """The standard library's sources."""
+    return python_files("stdlib")
 
 
 @functools.cache
@@ -58,6 +72,14 @@ def stdlib() -> dict[str, bytes]:
     """The sources of the running Python's standard library."""
     files = stdlib_files()
     return by_file([name for name, _ in files], [path.read_bytes() for _, path in files])
+
+
+@functools.cache
+def packages() -> dict[str, bytes]:
+    """Those, and the sources of every package installed beside it; what is there twice, once."""
+    files = dict(stdlib_files() + python_files("purelib") + python_files("platlib"))
+    names = {path.read_bytes(): name for name, path in reversed(files.items())}
+    return by_file(list(reversed(names.values())), list(reversed(names)))
 
 
 def by_file(names: Sequence[str], texts: Sequence[bytes]) -> dict[str, bytes]:
@@ -100,15 +122,38 @@ def token_files(folder: str) -> Corpus:
     return Corpus(arrays["train"], arrays["val"][:half], arrays["val"][half:], GPT2_VOCABULARY)
 
 
+def beginning(documents: Iterable[dict[str, Any]]) -> dict[str, bytes]:
+    """The splits of a stream's first documents, as many as fill those that are held out.
+
+    A document's own text decides its split, so that its copies, wherever they are, share it.
+    """
+    parts: dict[str, list[bytes]] = {split: [] for split in SPLITS}
+    sizes = dict.fromkeys(SPLITS, 0)
+    for document in documents:
+        text = document[stream.COLUMN]
+        split = split_of(text)
+        if split == "train" or sizes[split] < HELD_OUT:
+            parts[split].append(text.encode())
+            sizes[split] += len(parts[split][-1])
+        if min(sizes["tune"], sizes["validation"]) >= HELD_OUT:
+            break
+    return {split: SEPARATOR.join(part) for split, part in parts.items()}
+
+
 def texts_of(name: str) -> dict[str, bytes]:
-    """The splits of a source of text."""
+    """The splits of a source of text; of a stream, its beginning."""
     kind, _, place = name.partition(":")
     if kind == "text":
         return text_files(place)
+    if kind == "hf" and place:
+        return beginning(stream.documents(place))
     if name == "stdlib":
         return stdlib()
+    if name == "packages":
+        return packages()
     raise UsageError(
-        f"There is no data source {name!r}. Choose stdlib, text:PATTERN or bin:FOLDER."
+        f"There is no data source {name!r}. Choose stdlib, packages, text:PATTERN, bin:FOLDER or "
+        "hf:NAME."
     )
 
 
@@ -119,7 +164,22 @@ def load(name: str, tokenizer: str = "bytes") -> Corpus:
         return token_files(place)
     texts = texts_of(name)
     encode, _, vocab_size = tokenizers.find(tokenizer, texts["train"])
-    return Corpus(**{split: encode(text) for split, text in texts.items()}, vocab_size=vocab_size)
+    splits = {split: encode(text) for split, text in texts.items()}
+    if kind != "hf":
+        return Corpus(**splits, vocab_size=vocab_size)
+
+    def windows(context: int, process: int, processes: int) -> grain.IterDataset:
+        return stream.Windows(
+            documents,
+            lambda text: encode(text + SEPARATOR),
+            lambda text: split_of(text) == "train",
+            context,
+            process,
+            processes,
+        )
+
+    documents = stream.documents(place)
+    return Corpus(**splits, vocab_size=vocab_size, windows=windows)
 
 
 def check_length(corpus: Corpus, context: int) -> None:
@@ -163,6 +223,21 @@ def batches(
     windows = grain.MapDataset.source(Windows(tokens, context)).seed(seed).shuffle().repeat()
     rows = windows.batch(batch_size // processes)
     return iter(rows[process::processes].to_iter_dataset())
+
+
+def training_batches(
+    corpus: Corpus, context: int, batch_size: int, seed: int, process: int, processes: int
+) -> grain.DatasetIterator:
+    """`batches` of the corpus's training text, or of its stream.
+
+    Each process reads its own share of a stream, so there the batches depend on how many they are.
+    """
+    if corpus.windows is None:
+        return batches(corpus.train, context, batch_size, seed, process, processes)
+    windows = grain.experimental.WindowShuffleIterDataset(
+        corpus.windows(context, process, processes), window_size=SHUFFLED, seed=seed
+    )
+    return iter(windows.batch(batch_size // processes))
 
 
 def evaluation(tokens: np.ndarray, context: int, batch_size: int, count: int) -> np.ndarray:

@@ -69,8 +69,11 @@ def generate(config: GenerateConfig) -> None:
     encode, decode, size = tokenizers.find(run.tokenizer, data.texts_of(run.data)["train"])
     device_mesh = mesh.make_mesh(MeshConfig(), jax.devices()[:1])
     trainer = Trainer(run, device_mesh, size)
-    store = Checkpoints(report.folder_of(config.out), run)
-    _, state, _ = store.restore(trainer.abstract_sharded_state())
+    store = Checkpoints(report.folder_of(config.out), run, read_only=True)
+    kept = store.restore(trainer.abstract_sharded_state())
+    if kept is None:
+        raise UsageError(f"{config.out} holds no checkpoint yet. Wait for the run's first one.")
+    state = kept[1]
     prompt = [int(token) for token in encode(config.prompt.encode())]
     Console(markup=False, highlight=False).print(
         decode(sample(trainer, state.params, prompt, config))

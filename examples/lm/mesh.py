@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from examples.lm.config import HostConfig, MeshConfig, UsageError
+from examples.lm.config import MeshConfig, UsageError
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -27,15 +27,6 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "head_features": None,
     "mlp": "tensor",
 }
-
-
-def join_processes(config: HostConfig) -> None:
-    """Connects this process with the others of its run, before anything asks for devices."""
-    if not config.auto and config.coordinator is None:
-        return
-    if not config.auto and (config.processes is None or config.process is None):
-        raise UsageError("--hosts.coordinator needs --hosts.processes and --hosts.process too.")
-    jax.distributed.initialize(config.coordinator, config.processes, config.process)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -21,8 +21,9 @@ class Forward:
     """The model as functions of its params: what an estimator differentiates.
 
     Attributes:
-      logits: (params, tokens [B, L]) -> [B, L, V].
-      loss: (params, windows [B, L + 1]) -> scalar.
+      logits: (params, tokens [B, L]) -> [B, L, V]. Its attention may be a fused kernel, which has
+        first derivatives alone.
+      loss: (params, windows [B, L + 1]) -> scalar, twice differentiable: with XLA's attention.
     """
 
     logits: Callable[[Params, jax.Array], jax.Array]
@@ -52,6 +53,10 @@ def hutchinson(forward: Forward, params: Params, batch: Batch) -> dict[str, Any]
 def curvature_loss(forward: Forward, params: Params, batch: Batch) -> dict[str, Any]:
     """optax.contrib.sophia's: the loss itself, on the params that the transform calls it with."""
     return {"obj_fn": lambda p: forward.loss(p, batch)}
+
+
+# Those that take second derivatives, of `Forward.loss`.
+SECOND_ORDER = (hutchinson, curvature_loss)
 
 
 def is_matrix(params: Params) -> Params:

@@ -15,7 +15,7 @@ from rich.table import Table
 from tensorboardX import SummaryWriter
 
 from examples.lm.config import UsageError
-from examples.lm.train import Result
+from examples.lm.loop import Result
 
 
 def read_metrics(path: Path) -> dict[str, list[dict[str, float]]]:
@@ -51,7 +51,7 @@ def new_folder(out: str | None, command: str) -> Path:
 
 
 def progress_bar(console: Console) -> Progress:
-    """A line for each run: loss, win rate, speed, time left."""
+    """A line for each run: loss, win rate, speed, share of the chips' peak, time left."""
     return Progress(
         TextColumn("{task.description:>9}"),
         BarColumn(bar_width=None),
@@ -87,6 +87,7 @@ def tracker(
         if "loss" in record:
             win = f"{record['win_rate']:4.2f}" if "win_rate" in record else "   -"
             speed = f"{record['tokens_per_second'] / 1e3:5.1f}k tokens/s"
+            speed += f", MFU {100 * record['mfu']:.1f} %" if "mfu" in record else ""
             progress.update(
                 task, completed=record["step"] + 1, loss=record["loss"], win=win, speed=speed
             )

@@ -14,7 +14,8 @@ from examples.lm.config import UsageError
 Encode = Callable[[bytes], np.ndarray]
 Decode = Callable[[list[int]], str]
 
-PIECE = 1 << 16  # bytes handed to a tokenizer at a time
+PIECE = 1 << 16  # bytes of text that are tokenized as one
+PIECES = 256  # of them handed to a tokenizer at a time, which needs many times their memory
 LEARN_FROM = 1 << 25  # bytes of text that byte pairs are learnt from, at most
 
 
@@ -66,8 +67,11 @@ def byte_pairs(size: int, text: bytes) -> tuple[Encode, Decode, int]:
         tokenizer = Tokenizer.from_file(str(path))
 
     def encode(text: bytes) -> np.ndarray:
-        ids = (e.ids for e in tokenizer.encode_batch(pieces(text), add_special_tokens=False))
-        return np.concatenate([np.array(i, np.uint16) for i in ids] or [np.zeros(0, np.uint16)])
+        parts, ids = pieces(text), [np.zeros(0, np.uint16)]
+        for i in range(0, len(parts), PIECES):
+            batch = tokenizer.encode_batch_fast(parts[i : i + PIECES], add_special_tokens=False)
+            ids.extend(np.array(part.ids, np.uint16) for part in batch)
+        return np.concatenate(ids)
 
     return encode, tokenizer.decode, tokenizer.get_vocab_size()
 
@@ -84,6 +88,6 @@ def gpt2() -> tuple[Encode, Decode, int]:
 
     def encode(text: bytes) -> np.ndarray:
         batches = encoding.encode_ordinary_batch(pieces(text))
-        return np.concatenate([np.array(ids, np.uint16) for ids in batches])
+        return np.concatenate([np.zeros(0, np.uint16), *(np.array(i, np.uint16) for i in batches)])
 
     return encode, encoding.decode, encoding.n_vocab

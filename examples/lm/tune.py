@@ -15,8 +15,8 @@ from typing import Any
 
 from examples.lm import data
 from examples.lm.config import TrainConfig
+from examples.lm.loop import fit
 from examples.lm.optimizers import hyperparameters
-from examples.lm.train import fit
 
 Grid = dict[str, tuple[float, ...]]
 

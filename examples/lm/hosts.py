@@ -1,0 +1,119 @@
+"""Several processes as one run: how they meet, agree on when to stop, and notice one that died."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from examples.lm.config import HostConfig, UsageError
+
+# Waits for its parent to close the pipe or to die, and speaks in the second case.
+WATCHER = "import sys; sys.stdin.read() or print(sys.argv[1], file=sys.stderr)"
+
+
+def join(config: HostConfig, agree: bool) -> None:
+    """Connects this process with the others of its run, before anything asks for devices.
+
+    Args:
+      config: where the others are.
+      agree: whether the run will ask `termination`. JAX then keeps SIGTERM to itself.
+
+    Raises:
+      UsageError: the others are not described, or do not answer.
+    """
+    if not config.auto and config.coordinator is None:
+        return
+    if not config.auto and (config.processes is None or config.process is None):
+        raise UsageError("--hosts.coordinator needs --hosts.processes and --hosts.process too.")
+    if config.timeout < 1:
+        raise UsageError(f"--hosts.timeout is {config.timeout}. It has to be at least 1.")
+    jax.config.update("jax_enable_preemption_service", agree)
+    try:
+        jax.distributed.initialize(
+            config.coordinator,
+            config.processes,
+            config.process,
+            heartbeat_timeout_seconds=config.timeout,
+            shutdown_timeout_seconds=config.timeout,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(
+            f"The run's processes did not meet ({str(error).splitlines()[0].rstrip('.')}). Check "
+            "--hosts.*, and that all of them were started."
+        ) from error
+
+
+@contextlib.contextmanager
+def termination() -> Iterator[Callable[[int], bool]]:
+    """Yields a function that tells, called after every step with its number, whether to leave.
+
+    A single process leaves after the step in which SIGTERM came. Several agree on a step that none
+    of them has passed, whichever got the signal: JAX's own protocol, which takes about a second.
+    """
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    asked = []
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+    try:
+        yield lambda step: bool(asked)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def gather(position: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every process's position in its data, for one of them to write down."""
+    text = np.frombuffer(json.dumps(position).encode(), np.uint8)
+    longest = int(np.max(multihost_utils.process_allgather(np.array(len(text)))))
+    padded = np.pad(text, (0, longest - len(text)), constant_values=ord(" "))
+    rows = multihost_utils.process_allgather(padded).reshape(-1, longest)
+    return [json.loads(bytes(row)) for row in rows]
+
+
+def own(positions: list[dict[str, Any]]) -> dict[str, Any]:
+    """This process's part of what was gathered; any will do where another number wrote it down."""
+    same = len(positions) == jax.process_count()
+    return positions[jax.process_index() if same else 0]
+
+
+@contextlib.contextmanager
+def last_words(sentence: str) -> Iterator[None]:
+    """Has the sentence printed if this process dies inside, where there are several processes.
+
+    When one dies, JAX's runtime aborts the others: at once if it was process 0, else when its
+    heartbeats have been missing for `--hosts.timeout` seconds. Python cannot speak then, so a small
+    process does, which waits at the end of a pipe.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    command = [sys.executable, "-S", "-c", WATCHER, sentence]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as watcher:
+        try:
+            yield
+        except UsageError:
+            watcher.communicate(b"this process speaks for itself")
+            raise
+        except Exception:
+            # It ends as one that was killed does: what runs at a normal exit waits for the others.
+            traceback.print_exc()
+            leave(1)
+        watcher.communicate(b"all is well")
+
+
+def leave(code: int) -> int:
+    """Returns the exit code; a process that others wait for ends here, so that they end too."""
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code

@@ -1,0 +1,175 @@
+"""The loop around the training step: batches in, metrics, validations and checkpoints out."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from examples.lm import data, flops, hosts, mesh
+from examples.lm.config import TrainConfig
+from examples.lm.train import Metrics, Trainer, TrainState, check
+
+
+@dataclass
+class Result:
+    """What a run leaves behind.
+
+    Attributes:
+      records: the lines of metrics.jsonl, in order.
+      seconds: of each step, the first (which compiles) left out.
+      refreshed: whether each of those steps estimated the curvature.
+      validation_loss: after the last step, nats a token.
+      steps: how many steps the state has behind it.
+    """
+
+    records: list[dict[str, float]]
+    seconds: list[float]
+    refreshed: list[bool]
+    validation_loss: float
+    steps: int = 0
+
+    @property
+    def step_seconds(self) -> float:
+        """Of an average step, curvature included; a machine's hiccups count a little only."""
+        plain, refresh = self._medians()
+        share = np.mean(self.refreshed) if self.refreshed else 0.0
+        return float((1 - share) * plain + share * refresh)
+
+    @property
+    def curvature_share(self) -> float:
+        """The share of the time that went into estimating curvature."""
+        plain, _ = self._medians()
+        return max(0.0, 1 - plain / self.step_seconds) if any(self.refreshed) else 0.0
+
+    @property
+    def win_rate(self) -> float | None:
+        """The share of coordinates that were not clipped, averaged over the run."""
+        rates = [r["win_rate"] for r in self.records if "win_rate" in r]
+        return float(np.mean(rates)) if rates else None
+
+    def _medians(self) -> tuple[float, float]:
+        seconds, refreshed = np.array(self.seconds), np.array(self.refreshed, bool)
+        plain = float(np.median(seconds[~refreshed])) if (~refreshed).any() else 0.0
+        return plain, float(np.median(seconds[refreshed])) if refreshed.any() else plain
+
+
+class Store(Protocol):
+    """Where a run is kept: `checkpoint.Checkpoints`, or nowhere."""
+
+    def save(self, step: int, state: TrainState, batches: Any) -> None:
+        """Keeps the state after `step` steps."""
+        ...
+
+    def check(self) -> None:
+        """Tells of a save that has failed since."""
+        ...
+
+    def restore(self, abstract_state: TrainState) -> tuple[int, TrainState, Any] | None:
+        """Returns what was kept last, if anything was."""
+        ...
+
+
+def fit(
+    config: TrainConfig,
+    corpus: data.Corpus,
+    *,
+    split: str = "validation",
+    device_mesh: Mesh | None = None,
+    log: Callable[[dict[str, float]], None] = lambda record: None,
+    store: Store | None = None,
+    stop: Callable[[int], bool] = lambda step: False,
+) -> Result:
+    """Trains one model and validates it on the way.
+
+    Args:
+      config: the run.
+      corpus: its text.
+      split: the part of the corpus to validate on.
+      device_mesh: the devices; all of them, as `config.mesh` says, if left out.
+      log: called with each line of metrics, a step late, so that the device never waits.
+      store: where the state is saved to, and resumed from if `config.resume`.
+      stop: asked after each step, with the number of steps so far; once true, the state is saved
+        and the run ends.
+
+    Returns:
+      Losses and times.
+    """
+    device_mesh = device_mesh or mesh.make_mesh(config.mesh)
+    check(config, device_mesh)
+    trainer = Trainer(config, device_mesh, corpus.vocab_size)
+    context = trainer.model.context
+    batches = data.training_batches(
+        corpus,
+        context,
+        config.batch_size,
+        config.seed,
+        jax.process_index(),
+        jax.process_count(),
+    )
+    rows = mesh.local_rows(config.batch_size)
+    held_out = data.evaluation(
+        getattr(corpus, split), context, config.batch_size, config.eval_batches
+    )
+    held_out = [mesh.global_batch(batch[rows], device_mesh) for batch in held_out]
+
+    kept = store.restore(trainer.abstract_sharded_state()) if store and config.resume else None
+    if kept:
+        start, state, position = kept
+        batches.set_state(hosts.own(position))
+    else:
+        start, state = 0, trainer.init()
+    result = Result([], [], [], float("nan"), start)
+
+    def record(line: dict[str, float]) -> None:
+        result.records.append(line)
+        log(line)
+
+    def validate(step: int, state: TrainState) -> float:
+        losses = [trainer.evaluate(state.params, batch) for batch in held_out]
+        loss = float(np.mean(jax.device_get(losses)))
+        record({"step": step, "val_loss": loss})
+        return loss
+
+    def report(step: int, metrics: Metrics, started: float) -> None:
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        seconds = time.perf_counter() - started
+        if step > start:
+            result.seconds.append(seconds)
+            result.refreshed.append(trainer.refreshes_at(step))
+        if step % config.log_interval == 0 or step == config.steps - 1:
+            speed = config.batch_size * context / seconds
+            line = {"step": step, **values, "tokens_per_second": speed}
+            share = flops.utilization(trainer.model, speed, list(device_mesh.devices.flat))
+            record(line if share is None else line | {"mfu": share})
+
+    late: Metrics | None = None
+    clock = time.perf_counter()
+    for step in range(start, config.steps):
+        batch = mesh.global_batch(next(batches), device_mesh)
+        state, metrics = trainer.step(state, batch, step)
+        if late is not None:
+            report(step - 1, late, clock)
+            clock = time.perf_counter()
+        late = metrics
+        done, stopping = step + 1, stop(step + 1)
+        at_end = done == config.steps or stopping
+        validating = done % config.eval_interval == 0 or done == config.steps
+        saving = store and (done % config.save_interval == 0 or at_end)
+        if store:
+            store.check()
+        if validating or saving or at_end:
+            report(step, late, clock)
+            late = None
+            if validating and (not stopping or done == config.steps):
+                result.validation_loss = validate(done, state)
+            if store and saving:
+                store.save(done, state, hosts.gather(batches.get_state()))
+            clock = time.perf_counter()
+        result.steps = done
+        if stopping:
+            break
+    return result
