@@ -1,38 +1,151 @@
-"""What a pod's plan reads out of a compiled program, and which pods it knows."""
+"""What a pod's plan reads out of a compiled program, which pods it knows, what it advises.
 
+Nothing here needs the TPU compiler; a plan from end to end is in test_tpu_cost.py.
+"""
+
+import contextlib
+import json
+
+import jax
+import jax.numpy as jnp
 import pytest
 
-from examples.lm import plan
+from examples.lm import hlo, plan
 from examples.lm.__main__ import main
-from examples.lm.config import MeshConfig
+from examples.lm.config import MODELS, MeshConfig, ModelConfig
+from examples.lm.model import parameter_count
 
+# An inner loop of 2 rounds, as its counter goes to 4 in steps of 2, in an outer loop of 12, as XLA
+# notes; a pair of start and done; a result that is a tuple; a fusion that goes on with a collective
+# which another one, outside of the loop, started; and what TPUs make of a reduce-scatter.
 HLO = """HloModule step
 
-%body.1 (arg: f32[8]) -> f32[8] {
-  %arg = f32[8]{0} parameter(0)
-  ROOT %gather.1 = bf16[16,4]{1,0} all-gather(%arg), dimensions={0}
+%continued (p: bf16[64]) -> bf16[64] {
+  %p = bf16[64]{0:T(256)(2,1)} parameter(0)
+  ROOT %gather.9 = bf16[64]{0:T(256)(2,1)} all-gather(%p), channel_id=7, dimensions={0}
 }
 
-ENTRY %main.2 (p: f32[8]) -> f32[8] {
-  %p = f32[8]{0} parameter(0)
-  %loop = f32[8]{0} while(%p), condition=%c, body=%body.1, backend_config={"known_trip_count":{"n":"12"}}
-  %start = (f32[8]{0}, f32[32]{0}) all-reduce-start(%loop), to_apply=%add
-  ROOT %done = f32[32]{0} all-reduce-done(%start)
+%inner_body (arg: (u32[], f32[8])) -> (u32[], f32[8]) {
+  %two = u32[]{:T(128)} constant(2)
+  %arg = (u32[]{:T(128)}, f32[8]{0}) parameter(0)
+  %i = u32[]{:T(128)} get-tuple-element(%arg), index=0
+  %x = f32[8]{0} get-tuple-element(%arg), index=1
+  %next = u32[]{:T(128)} add(%i, %two), metadata={op_name="f(x)/add"}
+  %send = (f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(%x), channel_id=3
+  %sent = f32[8]{0} collective-permute-done(%send)
+  ROOT %out = (u32[]{:T(128)}, /*index=1*/f32[8]{0}) tuple(%next, /*index=1*/%sent)
+}
+
+%inner_condition (arg.1: (u32[], f32[8])) -> pred[] {
+  %four = u32[]{:T(128)} constant(4)
+  %arg.1 = (u32[]{:T(128)}, f32[8]{0}) parameter(0)
+  %j = u32[]{:T(128)} get-tuple-element(%arg.1), index=0
+  ROOT %less = pred[] compare(%j, %four), direction=LT
+}
+
+%outer_body (arg.2: f32[8]) -> f32[8] {
+  %arg.2 = f32[8]{0} parameter(0)
+  %gather.1 = bf16[16,4]{1,0} all-gather(%arg.2), channel_id=1, dimensions={0}
+  %going = bf16[64]{0} fusion(%gather.1), kind=kCustom, calls=%continued
+  %first = (u32[], f32[8]{0}) tuple(%zero, %arg.2)
+  %loop.1 = (u32[], f32[8]{0}) while(%first), condition=%inner_condition, body=%inner_body
+  ROOT %y = f32[8]{0} get-tuple-element(%loop.1), index=1
+}
+
+%refreshed (arg.3: f32[8]) -> f32[8] {
+  %arg.3 = f32[8]{0} parameter(0)
+  ROOT %sum.3 = f32[8]{0} all-reduce(%arg.3), channel_id=4, to_apply=%add
+}
+
+%all-reduce-scatter.1 (in: f32[8]) -> f32[2] {
+  %in = f32[8]{0} parameter(0)
+  %sum.6 = f32[8]{0} all-reduce(%in), channel_id=6, to_apply=%add
+  ROOT %part = f32[2]{0} dynamic-slice(%sum.6, %offset), dynamic_slice_sizes={2}
+}
+
+%kept (arg.4: f32[8]) -> f32[8] {
+  ROOT %arg.4 = f32[8]{0} parameter(0)
+}
+
+%started (p.5: bf16[4]) -> bf16[64] {
+  %p.5 = bf16[4]{0} parameter(0)
+  ROOT %gather.5 = bf16[64]{0} all-gather(%p.5), channel_id=7, dimensions={0}
+}
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %c = f32[] add(%a, %b)
+}
+
+ENTRY %main.2 (p.6: f32[8]) -> f32[8] {
+  %p.6 = f32[8]{0} parameter(0)
+  %begin = bf16[64]{0} fusion(%p.6), kind=kCustom, calls=%started
+  %loop = f32[8]{0} while(%p.6), condition=%c, body=%outer_body, backend_config={"known_trip_count":{"n":"12"}}
+  %scattered = f32[2]{0} fusion(%loop), kind=kCustom, calls=%all-reduce-scatter.1
+  %start = f32[32]{0} all-reduce-start(%loop), channel_id=2, to_apply=%add
+  %done = f32[32]{0} all-reduce-done(%start)
+  %both = (f32[8]{0}, pred[6]{0}) all-reduce(%loop, %begin), channel_id=5, to_apply=%add
+  ROOT %h = f32[8]{0} conditional(%due, %loop, %loop), branch_computations={%refreshed, %kept}
 }
 """  # noqa: E501
 
 
-def test_a_collective_in_a_loop_counts_as_often_as_the_loop_runs():
-    assert plan.collectives(HLO) == {
-        "all-gather": {"count": 12, "bytes": 12 * 16 * 4 * 2},
-        "all-reduce": {"count": 1, "bytes": 32 * 4},
+def test_a_collective_in_a_loop_counts_as_often_as_the_loops_around_it_run():
+    traffic = hlo.collective_traffic(HLO)
+    assert traffic["collective-permute"] == {"count": 24, "bytes": 24 * 8 * 4}
+
+
+def test_a_collective_that_fusions_continue_counts_once():
+    gathered_in_the_loop, gathered_beside_it = 12 * 16 * 4 * 2, 64 * 2
+    assert hlo.collective_traffic(HLO)["all-gather"] == {
+        "count": 12 + 1,
+        "bytes": gathered_in_the_loop + gathered_beside_it,
     }
+
+
+def test_a_pair_counts_once_a_tuple_with_all_its_arrays_and_a_branch_as_taken():
+    pair, two, branch = 32 * 4, 8 * 4 + 6, 8 * 4
+    assert hlo.collective_traffic(HLO)["all-reduce"] == {"count": 3, "bytes": pair + two + branch}
+
+
+def test_what_tpus_scatter_while_they_reduce_is_told_from_an_all_reduce():
+    assert hlo.collective_traffic(HLO)["reduce-scatter"] == {"count": 1, "bytes": 2 * 4}
+
+
+def test_what_xla_for_cpu_compiles_is_read_too():
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "x"))
+
+    @jax.jit
+    def summed_in_turn(x):
+        return jax.lax.scan(lambda c, row: (jnp.sin(c * row.sum()), None), 1.0, x)[0]
+
+    x = jax.ShapeDtypeStruct((5, 8), "float32", sharding=rows)
+    traffic = hlo.collective_traffic(summed_in_turn.lower(x).compile().as_text())
+    assert traffic == {"all-reduce": {"count": 5, "bytes": 5 * 4}}
 
 
 @pytest.mark.parametrize("topology", ["v5e", "v5e:4", "v9:4x4", "v5e:4x4x4x4", "16"])
 def test_a_topology_that_cannot_be_read_is_answered_with_how_to_write_it(topology, capsys):
     assert main(["plan", "--topology", topology]) == 2
     assert "v5e:4x4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "gpt5"], "no model 'gpt5'"),
+        (["--optimizer", "adamw", "sgd"], "no optimizer 'sgd'"),
+        (["--batch-per-chip", "0"], "--batch-per-chip has to be at least 1"),
+        (["--accumulate", "0"], "--accumulate has to be at least 1"),
+        (["--curvature-share", "-1"], "--curvature-share has to be at least 1"),
+        (["--update-interval", "0"], "--update-interval has to be at least 1"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_before_anything_is_compiled(arguments, message, capsys):
+    assert main(["plan", *arguments]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -43,9 +156,156 @@ def test_params_are_spread_over_as_many_chips_as_divide_their_width(model, chips
     assert plan.layout(config, chips) == MeshConfig(data=-1, fsdp=fsdp, tensor=1)
 
 
+def test_a_chip_estimates_on_a_sixteenth_of_its_part_but_on_one_sequence_at_least():
+    config = plan.PlanConfig(batch_per_chip=32, curvature_share=16)
+    assert plan.run_config(config, "sophia_g", chips=16).curvature_batch == 2 * 16
+    config = plan.PlanConfig(batch_per_chip=4, curvature_share=16)
+    assert plan.run_config(config, "sophia_g", chips=16).curvature_batch == 16
+
+
+def test_activations_are_recomputed_in_the_models_that_need_it_unless_told_otherwise():
+    def remat(**fields):
+        return plan.run_config(plan.PlanConfig(**fields), "adamw", chips=4).remat
+
+    assert not remat(model="gpt2-124m")
+    assert remat(model="gpt2-124m", remat=True)
+    assert remat(model="gpt2-1.5b")
+    assert not remat(model="gpt2-1.5b", remat=False)
+
+
+# --- FLOPs ----------------------------------------------------------------------------------------
+
+SMALL = ModelConfig(layers=3, width=64, heads=4, context=64, vocab_size=512)
+
+
+@pytest.fixture(autouse=True)
+def small_preset(monkeypatch):
+    monkeypatch.setitem(MODELS, "small", SMALL)
+
+
+def small_flops(optimizer, refresh=None, **fields):
+    config = plan.PlanConfig(model="small", batch_per_chip=16, **fields)
+    return plan.flops(plan.run_config(config, optimizer, chips=2), refresh)
+
+
+def test_flops_are_those_of_the_matrices_and_of_attention_in_every_layer():
+    tokens = 2 * 16 * SMALL.context
+    in_products = parameter_count(SMALL) - SMALL.context * SMALL.width
+    attention = 2 * SMALL.layers * SMALL.context * SMALL.width
+    least = 6 * tokens * (in_products + attention)
+    assert least <= small_flops("adamw") <= 1.15 * least
+
+
+def test_flops_do_not_depend_on_the_microbatches():
+    assert small_flops("adamw", accumulate=4) == small_flops("adamw", accumulate=1)
+
+
+def test_a_step_off_a_refresh_costs_what_a_gradient_does_and_a_refresh_its_share_of_the_batch():
+    gradient = small_flops("adamw")
+    for optimizer, gradients in {"sophia_g": 1, "sophia_h": 2.7}.items():
+        assert small_flops(optimizer, refresh=False) == pytest.approx(gradient, rel=0.01)
+        assert small_flops(optimizer) - gradient <= 1.3 * gradients * gradient / 16
+
+
+# --- what does not fit ----------------------------------------------------------------------------
+
+TOO_LARGE = {"peak_bytes": 20 * plan.GIB, "temp_bytes": 16 * plan.GIB, "hbm_bytes": 12 * plan.GIB}
+
+
+def advice(optimizer="sophia_g", row=TOO_LARGE, **fields):
+    config = plan.PlanConfig(**fields)
+    return plan.advice(plan.run_config(config, optimizer, chips=4), row, chips=4)
+
+
 def test_what_does_not_fit_is_answered_with_what_would():
-    config = plan.PlanConfig(batch_per_chip=16)
-    row = {"peak_bytes": 20 * plan.GIB, "temp_bytes": 16 * plan.GIB, "hbm_bytes": 12 * plan.GIB}
-    assert "--batch-per-chip 8" in plan.advice(config, row)
-    row = {"peak_bytes": 20 * plan.GIB, "temp_bytes": plan.GIB, "hbm_bytes": 12 * plan.GIB}
-    assert "more chips" in plan.advice(config, row)
+    assert advice(batch_per_chip=16, accumulate=4) == "Try --accumulate 8 or --remat True."
+    assert advice(batch_per_chip=16, accumulate=4, remat=True) == "Try --accumulate 8."
+    assert "--batch-per-chip 8" in advice("contrib_sophia", batch_per_chip=16)
+    assert "--mesh.tensor" in advice(batch_per_chip=1, accumulate=1)
+    assert "more chips" in advice(row={**TOO_LARGE, "temp_bytes": plan.GIB})
+
+
+class DoesNotFit:
+    def __init__(self, message):
+        self.message = message
+
+    def compile(self):
+        raise jax.errors.JaxRuntimeError(self.message)
+
+
+def test_the_compilers_refusal_becomes_a_number():
+    message = (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
+        "required for HLO temporaries (57.96G) exceeds available HBM (15.75G)."
+    )
+    assert plan.compile_or_need(DoesNotFit(message)) == (None, int(57.96 * plan.GIB))
+    message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 960M of 500M hbm."
+    assert plan.compile_or_need(DoesNotFit(message)) == (None, 960 * 2**20)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        plan.compile_or_need(DoesNotFit("INTERNAL: a fault of its own"))
+
+
+# --- from end to end, on CPU devices in the pod's place -------------------------------------------
+
+
+@pytest.fixture
+def pod_of_two(monkeypatch):
+    monkeypatch.setattr(plan, "pod", lambda topology: (jax.devices()[:2], 2**30))
+    monkeypatch.setitem(MODELS, "small", ModelConfig(1, 16, 2, context=16, vocab_size=64))
+    with unoptimized():
+        yield
+
+
+@contextlib.contextmanager
+def unoptimized():
+    """Compiles faster."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+KEYS = [
+    "params_bytes", "state_bytes", "temp_bytes", "peak_bytes", "hbm_bytes", "flops_step",
+    "flops_refresh_step", "flops_average", "collectives",
+]  # fmt: skip
+ARGUMENTS = ["plan", "--model", "small", "--batch-per-chip", "4", "--accumulate", "2"]
+
+
+def test_each_optimizer_of_the_list_gets_its_own_numbers(pod_of_two, tmp_path, capsys):
+    path = tmp_path / "plan.json"
+    assert main([*ARGUMENTS, "--optimizer", "adamw", "sophia_g", "--json", str(path)]) == 0
+    costs = json.loads(path.read_text())
+    assert list(costs) == ["adamw", "sophia_g"]
+    assert all(list(row) == KEYS for row in costs.values())
+    params = 4 * parameter_count(MODELS["small"])
+    for row in costs.values():
+        assert params / 2 <= row["params_bytes"] <= 0.6 * params  # biases are on both
+        assert row["state_bytes"] == pytest.approx(2 * row["params_bytes"], rel=0.01)
+        assert row["collectives"]["all-gather"]["count"] > 0
+    adamw, sophia = costs.values()
+    assert adamw["flops_step"] == adamw["flops_refresh_step"] == adamw["flops_average"]
+    refresh = sophia["flops_refresh_step"] - sophia["flops_step"]
+    assert sophia["flops_average"] == pytest.approx(sophia["flops_step"] + refresh / 10)
+    assert "sophia_g" in capsys.readouterr().out
+
+
+def test_a_program_that_the_compiler_refuses_is_answered_in_one_line(
+    pod_of_two, monkeypatch, tmp_path, capsys
+):
+    real = plan.lowered_step
+
+    def refused(config, device_mesh, refresh=None, unroll=False):
+        trainer, lowered = real(config, device_mesh, refresh, unroll)
+        message = "RESOURCE_EXHAUSTED: HLO temporaries (1.50G) exceed available HBM (1.00G)."
+        return trainer, lowered if unroll else DoesNotFit(message)
+
+    monkeypatch.setattr(plan, "lowered_step", refused)
+    path = tmp_path / "plan.json"
+    assert main([*ARGUMENTS, "--json", str(path)]) == 2
+    answer = capsys.readouterr()
+    assert "does not fit" in answer.err
+    assert "--accumulate 4" in answer.err
+    row = json.loads(path.read_text())["sophia_g"]
+    assert row["temp_bytes"] == 1.5 * 2**30
+    assert row["peak_bytes"] == row["temp_bytes"] + row["params_bytes"] + row["state_bytes"]
+    assert row["flops_average"] > 0

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
-from examples.lm import mesh
+from examples.lm import hlo, mesh
 from examples.lm.config import (
     MODELS,
     MeshConfig,
@@ -37,7 +37,7 @@ CHIPS = {
     "v6e": (32 * GIB, "v6e-{chips}"),
 }
 
-COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class PlanConfig:
       accumulate: microbatches that a step is cut into.
       curvature_share: the part of the batch that a curvature estimate sees, as 1 / this.
       update_interval: steps from one estimate to the next.
-      remat: recompute activations in the backward pass.
+      remat: recompute activations in the backward pass; if left out, for models wider than
+        gpt2-124m, whose activations do not fit otherwise.
       mesh: the chips' layout; params spread over as many as divide their width if left out.
       json: a file to write the numbers to as well.
     """
@@ -64,7 +65,7 @@ class PlanConfig:
     accumulate: int = 4
     curvature_share: int = 16
     update_interval: int = 10
-    remat: bool = False
+    remat: bool | None = None
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(-1, 0, 1))
     json: str | None = None
 
@@ -87,7 +88,7 @@ def pod(topology: str) -> tuple[list[Any], int]:
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise UsageError(
-            f"{topology} cannot be compiled for: {reason}. It needs libtpu "
+            f"{topology} cannot be compiled for: {reason} It needs libtpu "
             "(pip install 'jax[tpu]') and a slice that exists."
         ) from error
     return list(description.devices), memory
@@ -103,6 +104,8 @@ def layout(config: PlanConfig, chips: int) -> MeshConfig:
 def run_config(config: PlanConfig, optimizer: str, chips: int) -> TrainConfig:
     """The training run that is planned."""
     batch = config.batch_per_chip * chips
+    widest_kept = MODELS["gpt2-124m"].width
+    remat = MODELS[config.model].width > widest_kept if config.remat is None else config.remat
     return TrainConfig(
         model=config.model,
         optimizer=optimizer,
@@ -111,7 +114,7 @@ def run_config(config: PlanConfig, optimizer: str, chips: int) -> TrainConfig:
         # A chip's part cannot be smaller than one sequence.
         curvature_batch=max(batch // config.curvature_share, chips),
         update_interval=config.update_interval,
-        remat=config.remat,
+        remat=remat,
         mesh=layout(config, chips),
     )
 
@@ -145,63 +148,47 @@ def shard_bytes(tree: Any) -> int:
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shards)
 
 
-def collectives(hlo: str) -> dict[str, dict[str, int]]:
-    """How often each kind runs in a step, and the bytes that come out of it.
-
-    A loop's body counts as often as it runs, a branch as if it were taken.
-    """
-    bodies = re.findall(r"^(?:ENTRY )?%?([\w.-]+) \(.*?\{\n(.*?)^\}", hlo, re.MULTILINE | re.DOTALL)
-    computations = dict(bodies)
-    times = dict.fromkeys(computations, 1)
-    for text in computations.values():
-        for line in text.splitlines():
-            body = re.search(r" while\(.*body=%?([\w.-]+)", line)
-            trips = re.search(r"known_trip_count[^\d]*(\d+)", line)
-            if body and trips and body[1] in times:
-                times[body[1]] = int(trips[1])
-    found: dict[str, dict[str, int]] = {}
-    for name, text in computations.items():
-        for line in text.splitlines():
-            match = re.search(rf" = (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(", line)
-            if match:
-                row = found.setdefault(match[2], {"count": 0, "bytes": 0})
-                row["count"] += times[name]
-                row["bytes"] += times[name] * result_bytes(match[1])
-    return found
-
-
-def result_bytes(shapes: str) -> int:
-    """Bytes of an instruction's largest result, from its type in the program's text."""
-    sizes = [
-        math.prod(int(n) for n in dims.split(",") if n) * (int(bits) if bits else 8) // 8
-        for bits, dims in re.findall(r"(?:f|bf|s|u|pred)(\d*)\[([\d,]*)\]", shapes)
-    ]
-    return max(sizes, default=0)
+def compile_or_need(lowered: Any) -> tuple[Any, int]:
+    """The compiled program, or None and the temporaries that it would need, in bytes."""
+    try:
+        return lowered.compile(), 0
+    except jax.errors.JaxRuntimeError as error:
+        needed = re.search(r"(?:temporaries \(|Used )([\d.]+)([KMGT]?)", str(error))
+        if "RESOURCE_EXHAUSTED" not in str(error) or not needed:
+            raise
+        return None, int(float(needed[1]) * UNITS[needed[2]])
 
 
 def cost(config: TrainConfig, device_mesh: Mesh, memory: int) -> dict[str, Any]:
-    """One optimizer's numbers, per chip."""
+    """One optimizer's numbers, per chip. Those of a program that does not fit are its needs."""
     trainer, lowered = lowered_step(config, device_mesh)
-    program = lowered.compile()
+    program, temporaries = compile_or_need(lowered)
     state = trainer.abstract_sharded_state()
-    analysis = program.memory_analysis()
+    params, opt_state = shard_bytes(state.params), shard_bytes(state.opt_state)
+    peak = params + opt_state + temporaries
+    if program:
+        analysis = program.memory_analysis()
+        temporaries = analysis.temp_size_in_bytes
+        held = analysis.argument_size_in_bytes + analysis.output_size_in_bytes
+        peak = held - analysis.alias_size_in_bytes + temporaries
     chips = device_mesh.size
     refresh_flops = flops(config) / chips
     if trainer.is_sophia:
         plain_flops = flops(config, refresh=False) / chips
-    else:  # what AdamW itself computes is nothing beside a gradient
+    elif trainer.has_curvature:  # what AdamW itself computes is nothing beside a gradient
         plain_flops = flops(dataclasses.replace(config, optimizer="adamw")) / chips
-    held = analysis.argument_size_in_bytes + analysis.output_size_in_bytes
+    else:
+        plain_flops = refresh_flops
     return {
-        "params_bytes": shard_bytes(state.params),
-        "state_bytes": shard_bytes(state.opt_state),
-        "temp_bytes": analysis.temp_size_in_bytes,
-        "peak_bytes": held - analysis.alias_size_in_bytes + analysis.temp_size_in_bytes,
+        "params_bytes": params,
+        "state_bytes": opt_state,
+        "temp_bytes": temporaries,
+        "peak_bytes": peak,
         "hbm_bytes": memory,
         "flops_step": plain_flops,
         "flops_refresh_step": refresh_flops,
         "flops_average": plain_flops + (refresh_flops - plain_flops) / config.update_interval,
-        "collectives": collectives(program.as_text()),
+        "collectives": hlo.collective_traffic(program.as_text()) if program else {},
     }
 
 
@@ -216,37 +203,61 @@ def plan(config: PlanConfig) -> None:
     devices, memory = pod(config.topology)
     console = Console()
     device_mesh = mesh.make_mesh(layout(config, len(devices)), devices)
-    costs = {}
-    for name in config.optimizer:
-        run = run_config(config, name, len(devices))
+    runs = {name: run_config(config, name, len(devices)) for name in config.optimizer}
+    for run in runs.values():
         check(run, device_mesh)
+    costs = {}
+    for name, run in runs.items():
         console.print(f"compiling {config.model} with {name} for {config.topology} ...")
         costs[name] = cost(run, device_mesh, memory)
-    console.print(table(config, costs))
-    for name, row in costs.items():
-        if row["peak_bytes"] > memory:
-            console.print(
-                f"{name} does not fit: {row['peak_bytes'] / GIB:.2f} GiB of "
-                f"{memory / GIB:.0f}. {advice(config, row)}"
-            )
+    console.print(table(runs, costs, config))
     if config.json:
         Path(config.json).write_text(json.dumps(costs, indent=2) + "\n")
+    too_large = {name: row for name, row in costs.items() if row["peak_bytes"] > memory}
+    if too_large:
+        raise UsageError(
+            "\n".join(
+                f"{config.model} with {name} does not fit on {config.topology}: it needs "
+                f"{row['peak_bytes'] / GIB:.2f} GiB of {memory / GIB:.0f} a chip. "
+                + advice(runs[name], row, len(devices))
+                for name, row in too_large.items()
+            )
+        )
 
 
-def advice(config: PlanConfig, row: dict[str, Any]) -> str:
+def advice(run: TrainConfig, row: dict[str, Any], chips: int) -> str:
     """What would make a step fit."""
     standing = row["peak_bytes"] - row["temp_bytes"]
-    if standing > row["hbm_bytes"]:
+    room = row["hbm_bytes"] - standing
+    if room <= 0:
         return "Params and state alone are too large: take more chips, or a larger --mesh.fsdp."
-    room = (row["hbm_bytes"] - standing) / row["temp_bytes"]
-    batch = int(config.batch_per_chip * room)
-    fits = f"--batch-per-chip {batch}, " if batch else ""
-    return f"Try {fits}--remat or a higher --accumulate."
+    batch = run.batch_size // chips
+    whole_batch = OPTIMIZERS[run.optimizer].whole_batch
+    together = batch if whole_batch else batch // run.accumulate
+    fits = int(together * room / row["temp_bytes"])
+    remat = "" if run.remat else " or --remat True"
+    if not fits:
+        return f"A single sequence a chip is too much: try a larger --mesh.tensor{remat}."
+    if whole_batch:
+        return f"Its curvature takes the whole batch: try --batch-per-chip {fits}{remat}."
+    accumulate = next(n for n in range(-(-batch // fits), batch + 1) if batch % n == 0)
+    return f"Try --accumulate {accumulate}{remat}."
 
 
-def table(config: PlanConfig, costs: dict[str, dict[str, Any]]) -> Table:
+def table(
+    runs: dict[str, TrainConfig], costs: dict[str, dict[str, Any]], config: PlanConfig
+) -> Table:
     """The numbers side by side."""
-    out = Table(title=f"{config.model} on {config.topology}, per chip")
+    run = next(iter(runs.values()))
+    out = Table(
+        title=f"{config.model} on {config.topology}, per chip",
+        caption=(
+            f"{config.batch_per_chip} sequences a chip in {config.accumulate} microbatches"
+            f"{', activations recomputed' if run.remat else ''}; curvature on "
+            f"{run.curvature_batch} of {run.batch_size} sequences (contrib_sophia: all), every "
+            f"{config.update_interval} steps; collectives with a refresh"
+        ),
+    )
     out.add_column("")
     for name in costs:
         out.add_column(name, justify="right")
@@ -260,7 +271,11 @@ def table(config: PlanConfig, costs: dict[str, dict[str, Any]]) -> Table:
     shares = (f"{100 * (r['flops_average'] / r['flops_step'] - 1):.2f} %" for r in costs.values())
     out.add_row("average overhead", *shares)
     out.add_section()
-    for kind in COLLECTIVES:
-        rows = [row["collectives"].get(kind, {"count": 0, "bytes": 0}) for row in costs.values()]
-        out.add_row(kind, *(f"{r['count']} x, {r['bytes'] / 1e6:.1f} MB" for r in rows))
+    for kind in hlo.COLLECTIVES:
+        cells = []
+        for row in costs.values():
+            moved = row["collectives"].get(kind, {"count": 0, "bytes": 0})
+            known = row["peak_bytes"] <= row["hbm_bytes"]
+            cells.append(f"{moved['count']} x, {moved['bytes'] / 1e6:.1f} MB" if known else "?")
+        out.add_row(kind, *cells)
     return out

@@ -1,0 +1,175 @@
+"""What a training step costs on TPU pods from 4 chips to 256, compiled ahead of time.
+
+    pip install -e '.[examples,tpu]'
+    python -m benchmarks.pod_cost
+
+No TPU is needed. Each row is one `python -m examples.lm plan`, of a minute or more; those that are
+in `benchmarks/results/pod_cost.json` already are not compiled again. Draws `pod_cost.png` as well.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from benchmarks.provenance import RESULTS, commit, provenance
+
+OPTIMIZERS = ("adamw", "sophia_g", "sophia_h")
+TOPOLOGIES = {4: "v5e:2x2", 16: "v5e:4x4", 64: "v5e:8x8", 256: "v5e:16x16"}
+GB, TERA = 1e9, 1e12
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One plan: the flags of `python -m examples.lm plan`.
+
+    Attributes:
+      optimizer: a name in `examples.lm.optimizers.OPTIMIZERS`.
+      topology: the pod.
+      batch_per_chip: sequences that a chip sees in a step.
+      accumulate: microbatches that they are cut into.
+      curvature_share: a curvature estimate sees 1 / this of the batch.
+      model: a name in `examples.lm.config.MODELS`.
+    """
+
+    optimizer: str
+    topology: str = TOPOLOGIES[16]
+    batch_per_chip: int = 16
+    accumulate: int = 4
+    curvature_share: int = 16
+    model: str = "gpt2-124m"
+
+    @property
+    def flags(self) -> list[str]:
+        """The command's arguments."""
+        flags = []
+        for key, value in dataclasses.asdict(self).items():
+            flags += [f"--{key.replace('_', '-')}", str(value)]
+        return flags
+
+
+def whole(optimizer: str) -> Setting:
+    """A step without microbatches, curvature on a quarter: one sequence of four on each chip."""
+    return Setting(optimizer, batch_per_chip=4, accumulate=1, curvature_share=4)
+
+
+SETTINGS = (
+    *(Setting(name) for name in (*OPTIMIZERS, "contrib_sophia")),
+    *(whole(name) for name in ("adamw", "contrib_sophia")),
+    *(Setting(name, TOPOLOGIES[n]) for n in (256, 4, 64) for name in OPTIMIZERS),
+    *(whole(name) for name in ("sophia_g", "sophia_h")),
+    *(Setting(name, TOPOLOGIES[256], model="gpt2-1.5b") for name in ("sophia_g", "adamw")),
+)
+
+
+def planned(setting: Setting) -> dict[str, Any]:
+    """One plan's numbers, how long it took and at which commit."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "plan.json"
+        command = [sys.executable, "-m", "examples.lm", "plan", *setting.flags, "--json", str(path)]
+        done = subprocess.run(command, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=False)
+        if done.returncode not in (0, 2):  # 2: it does not fit, by the numbers that are there
+            done.check_returncode()
+        row = json.loads(path.read_text())[setting.optimizer]
+    seconds = round(time.perf_counter() - start, 1)
+    return {**dataclasses.asdict(setting), **row, "seconds": seconds, "commit": commit()}
+
+
+def find(rows: list[dict[str, Any]], setting: Setting) -> dict[str, Any] | None:
+    """The row of a setting, if it is there."""
+    wanted = dataclasses.asdict(setting)
+    return next((row for row in rows if wanted.items() <= row.items()), None)
+
+
+def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Temporaries and average FLOPs over those of AdamW on the same pod with the same batch."""
+    found = []
+    for row in rows:
+        settings = {f.name: row[f.name] for f in dataclasses.fields(Setting)}
+        adamw = find(rows, Setting(**{**settings, "optimizer": "adamw"}))
+        if adamw and row is not adamw:
+            over = {f"{key}_over_adamw": row[key] / adamw[key] for key in COMPARED}
+            found.append({**settings, **over, "fits": row["peak_bytes"] <= row["hbm_bytes"]})
+    return found
+
+
+COMPARED = ("temp_bytes", "peak_bytes", "flops_step", "flops_average")
+
+
+def growth(rows: list[dict[str, Any]], optimizer: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Chips and numbers, for the pods that are planned."""
+    for chips, topology in TOPOLOGIES.items():
+        row = find(rows, Setting(optimizer, topology))
+        if row:
+            yield chips, row
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Memory and FLOPs a chip by the pod's size; beside it, what optax.contrib.sophia takes."""
+    figure, (memory, flops, contrib) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    for index, name in enumerate(OPTIMIZERS):
+        line = list(growth(rows, name))
+        chips = [n for n, _ in line]
+        style = {"color": f"C{index}", "marker": "os^"[index], "ms": 9 - 2 * index, "label": name}
+        memory.plot(chips, [row["peak_bytes"] / GB for _, row in line], **style)
+        flops.plot(chips, [row["flops_average"] / TERA for _, row in line], **style)
+    hbm = rows[0]["hbm_bytes"] / GB
+    memory.axhline(hbm, color="gray", ls=":", label="a v5e chip has")
+    memory.set(ylim=(0, 1.1 * hbm), ylabel="GB", title="peak memory a chip")
+    top = max(row["flops_average"] for row in rows if row["model"] == "gpt2-124m") / TERA
+    flops.set(ylim=(0, 1.2 * top), ylabel="TFLOP", title="FLOPs a chip, average step")
+    for axes in (memory, flops):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(list(TOPOLOGIES), [str(n) for n in TOPOLOGIES])
+        axes.set_xlabel("chips, 16 sequences each")
+        axes.grid(alpha=0.25)
+        axes.legend(loc="lower right")
+    names = [n for n in (*OPTIMIZERS, "contrib_sophia") if find(rows, whole(n))]
+    adamw = find(rows, whole("adamw"))
+    bars = (-0.2, "temp_bytes", "temporaries"), (0.2, "flops_average", "average FLOPs")
+    for offset, key, label in bars:
+        heights = [find(rows, whole(name))[key] / adamw[key] for name in names]
+        drawn = contrib.bar([i + offset for i in range(len(names))], heights, 0.4, label=label)
+        contrib.bar_label(drawn, fmt="%.2f", fontsize=9)
+    contrib.set_xticks(range(len(names)), [n.replace("contrib_", "optax.contrib\n") for n in names])
+    contrib.axhline(1, color="gray", ls=":")
+    contrib.set(ylim=(0, 2.4), title="over AdamW, 16 chips, 4 sequences each")
+    contrib.legend(loc="upper left")
+    figure.suptitle("GPT-2 124M, one training step on TPU v5e, fully sharded")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Compiles what is missing and writes the results."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / "pod_cost.json"
+    rows = json.loads(path.read_text())["plans"] if path.exists() else []
+    for setting in SETTINGS:
+        if find(rows, setting):
+            continue
+        rows.append(planned(setting))
+        result = provenance("benchmarks.pod_cost")
+        result["versions"]["libtpu"] = version("libtpu")
+        result |= {"over_adamw": ratios(rows), "plans": rows}
+        path.write_text(json.dumps(result, indent=2) + "\n")
+    plot(rows, RESULTS / "pod_cost.png")
+    print(json.dumps(ratios(rows), indent=2))
+
+
+if __name__ == "__main__":
+    main()
