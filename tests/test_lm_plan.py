@@ -132,6 +132,18 @@ def test_a_topology_that_cannot_be_read_is_answered_with_how_to_write_it(topolog
     assert "v5e:4x4" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("topology", ["v5e:64x64", "v5e:2x2x4", "v6e:4x32", "v5p:24x24x24"])
+def test_a_slice_larger_than_there_is_never_reaches_the_compiler(topology, capsys):
+    assert main(["plan", "--topology", topology]) == 2
+    assert "the largest slice is" in capsys.readouterr().err
+
+
+def test_without_the_compiler_the_answer_says_how_to_get_it(monkeypatch, capsys):
+    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: None)
+    assert main(["plan"]) == 2
+    assert "pip install 'jax[tpu]'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

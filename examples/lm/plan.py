@@ -1,6 +1,7 @@
 """What a run would cost on a TPU pod that is not there, by compiling its real step for it."""
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -29,12 +30,27 @@ from examples.lm.train import Trainer, check
 
 GIB = 2**30
 
-# Memory of a chip, in bytes, and the name that the compiler gives a slice of them.
+
+@dataclass(frozen=True)
+class Chip:
+    """A kind of TPU.
+
+    Attributes:
+      memory: of a chip, in bytes.
+      accelerator: the name that the compiler gives a slice of them.
+      sides: the largest slice there is.
+    """
+
+    memory: int
+    accelerator: str
+    sides: tuple[int, ...]
+
+
 CHIPS = {
-    "v4": (32 * GIB, "v4-{cores}"),
-    "v5e": (16 * GIB, "v5litepod-{chips}"),
-    "v5p": (95 * GIB, "v5p-{cores}"),
-    "v6e": (32 * GIB, "v6e-{chips}"),
+    "v4": Chip(32 * GIB, "v4-{cores}", (16, 16, 16)),
+    "v5e": Chip(16 * GIB, "v5litepod-{chips}", (16, 16)),
+    "v5p": Chip(95 * GIB, "v5p-{cores}", (16, 20, 28)),
+    "v6e": Chip(32 * GIB, "v6e-{chips}", (16, 16)),
 }
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -78,20 +94,28 @@ def pod(topology: str) -> tuple[list[Any], int]:
             f"There is no topology {topology!r}. Write it like v5e:4x4 or v5p:2x2x4; the chips "
             f"are {', '.join(CHIPS)}."
         )
-    memory, accelerator = CHIPS[match[1]]
-    chips = math.prod(int(side) for side in match[2].split("x"))
+    chip = CHIPS[match[1]]
+    sides = sorted(int(side) for side in match[2].split("x"))
+    # Beyond these the compiler ends the process.
+    if len(sides) > len(chip.sides) or any(a > b for a, b in zip(sides, chip.sides, strict=False)):
+        largest = "x".join(map(str, chip.sides))
+        raise UsageError(f"{topology} is too large: the largest slice is {match[1]}:{largest}.")
+    if not importlib.util.find_spec("libtpu"):
+        raise UsageError("A plan needs the TPU compiler, libtpu: pip install 'jax[tpu]'.")
+    chips = math.prod(sides)
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ["TPU_ACCELERATOR_TYPE"] = accelerator.format(chips=chips, cores=2 * chips)
+    os.environ["TPU_ACCELERATOR_TYPE"] = chip.accelerator.format(chips=chips, cores=2 * chips)
     try:
         description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise UsageError(
-            f"{topology} cannot be compiled for: {reason} It needs libtpu "
-            "(pip install 'jax[tpu]') and a slice that exists."
+            f"{topology} cannot be compiled for ({reason}). Choose a slice that exists, such as "
+            f"{match[1]}:{'x'.join('4' for _ in chip.sides)}."
         ) from error
-    return list(description.devices), memory
+    return list(description.devices), chip.memory
 
 
 def layout(config: PlanConfig, chips: int) -> MeshConfig:
@@ -200,6 +224,7 @@ def plan(config: PlanConfig) -> None:
     for name in ("batch_per_chip", "accumulate", "curvature_share", "update_interval"):
         if getattr(config, name) < 1:
             raise UsageError(f"--{name.replace('_', '-')} has to be at least 1.")
+    jax.config.update("jax_platforms", "cpu")  # nothing here runs on an accelerator
     devices, memory = pod(config.topology)
     console = Console()
     device_mesh = mesh.make_mesh(layout(config, len(devices)), devices)
@@ -249,12 +274,14 @@ def table(
 ) -> Table:
     """The numbers side by side."""
     run = next(iter(runs.values()))
+    whole = [name for name in runs if OPTIMIZERS[name].whole_batch]
     out = Table(
         title=f"{config.model} on {config.topology}, per chip",
         caption=(
             f"{config.batch_per_chip} sequences a chip in {config.accumulate} microbatches"
             f"{', activations recomputed' if run.remat else ''}; curvature on "
-            f"{run.curvature_batch} of {run.batch_size} sequences (contrib_sophia: all), every "
+            f"{run.curvature_batch} of {run.batch_size} sequences"
+            f"{''.join(f' ({name}: on all)' for name in whole)}, every "
             f"{config.update_interval} steps; collectives with a refresh"
         ),
     )
