@@ -3,24 +3,18 @@
 import ast
 import inspect
 import re
-from pathlib import Path
-
-import pytest
 
 import sophia_optax
+from tests import pages
+from tests.pages import ROOT
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
-
-
-def code_blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+README = pages.README.read_text()
+WORKS_WITH = (ROOT / "docs/works-with.md").read_text()
 
 
-def table(title: str) -> list[list[str]]:
+def table(text: str, title: str) -> list[list[str]]:
     """The cells of the first table below a heading, its header left out."""
-    section = README.split(f"\n## {title}\n", 1)[1].split("\n## ", 1)[0]
+    section = text.split(f"# {title}\n", 1)[1].split("\n## ", 1)[0]
     rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in row] for row in rows[2:]]
 
@@ -34,17 +28,12 @@ def names_of_tests() -> set[str]:
     }
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_python_blocks_run_one_after_another(page: Path) -> None:
-    namespace = {"__name__": page.stem}
-    for number, block in enumerate(code_blocks(page, "python")):
-        exec(compile(block, f"{page.name}, block {number}", "exec"), namespace)
-        if page.name == "README.md":
-            assert namespace.pop("loss") < 0.6, "the quickstarts start at log 3 and learn"
+def test_python_blocks_run_one_after_another() -> None:
+    assert pages.run(pages.README) == set()
 
 
 def test_the_two_commands_stand_in_it() -> None:
-    (commands,) = code_blocks(ROOT / "README.md", "sh")
+    (commands,) = pages.code_blocks(pages.README, "sh")
     assert commands.splitlines() == [
         "pip install -e '.[examples]' && python -m examples.lm compare",
         "pip install -e '.[test]' && python -m pytest",
@@ -52,21 +41,21 @@ def test_the_two_commands_stand_in_it() -> None:
 
 
 def test_every_row_of_works_with_names_a_test() -> None:
-    rows = table("Works with")
+    rows = table(WORKS_WITH, "Works with")
     assert rows
     for what, shown_by in rows:
         assert re.fullmatch(r"`test_\w+`", shown_by), what
 
 
 def test_every_test_named_exists() -> None:
-    named = set(re.findall(r"\btest_\w+\b(?!\.py)", README))
+    named = set(re.findall(r"\btest_\w+\b(?!\.py)", README + WORKS_WITH))
     assert named - names_of_tests() == set()
 
 
 def test_hyperparameters_are_those_of_the_code() -> None:
     h = inspect.signature(sophia_optax.sophia_h).parameters
     g = inspect.signature(sophia_optax.sophia_g).parameters
-    described = {name.strip("`"): default for name, default, *_ in table("Hyperparameters")}
+    described = {name.strip("`"): default for name, default, *_ in table(README, "Hyperparameters")}
     assert described.pop("learning_rate") == "none"
     assert described.pop("gamma") == f"{h['gamma'].default} (H), {g['gamma'].default} (G)"
     for name, default in described.items():

@@ -1,0 +1,105 @@
+"""The documentation keeps its word: its code runs, and every public name has its place in it."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import pages
+from tests.pages import ROOT
+
+PACKAGE = ROOT / "sophia_optax"
+API = (ROOT / "docs/api.md").read_text()
+NAVIGATION = re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+
+
+def public_names() -> set[str]:
+    """What `sophia_optax` exports and what its optional modules define, with the modules' names."""
+    exported = {
+        f"sophia_optax.{alias.asname}"
+        for node in ast.parse((PACKAGE / "__init__.py").read_text()).body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    return exported | {
+        f"sophia_optax.{module.stem}.{node.name}"
+        for module in PACKAGE.glob("[a-z]*.py")
+        for node in ast.parse(module.read_text()).body
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+    }
+
+
+@pytest.mark.parametrize("page", pages.DOCS, ids=lambda page: str(page.relative_to(ROOT)))
+def test_python_blocks_run_one_after_another_and_print_what_stands_below(page: Path) -> None:
+    if absent := pages.run(page):
+        pytest.skip(f"blocks of {page.name} were left out for want of {', '.join(sorted(absent))}")
+
+
+def test_the_reference_has_every_public_name_once_and_no_other() -> None:
+    names = re.findall(r"^::: (\S+)$", API, re.MULTILINE)
+    assert len(set(names)) == len(names)
+    assert set(names) == public_names()
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    assert sorted(NAVIGATION) == [str(page.relative_to(ROOT / "docs")) for page in pages.DOCS]
+
+
+@pytest.mark.parametrize("page", [pages.README, *pages.DOCS], ids=lambda page: page.name)
+def test_every_block_has_a_language_and_no_python_hides_under_another(page: Path) -> None:
+    assert {block.language for block in pages.blocks(page)} <= {
+        "python",
+        "text",
+        "sh",
+        "yaml",
+        "bibtex",
+    }
+
+
+@pytest.mark.parametrize("page", [pages.README, *pages.DOCS], ids=lambda page: page.name)
+def test_every_module_that_a_command_runs_exists(page: Path) -> None:
+    for module in re.findall(r"python -m ((?:examples|benchmarks)[\w.]*)", page.read_text()):
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
+
+
+@pytest.mark.parametrize("page", [pages.README, *pages.DOCS], ids=lambda page: page.name)
+def test_every_file_that_is_named_exists(page: Path) -> None:
+    text = page.read_text()
+    for name in re.findall(r"\b((?:benchmarks|examples|tests|notebooks)/[\w./-]*\w)", text):
+        assert (ROOT / name).exists(), name
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocstrings_handlers", reason="the site needs the extra 'docs'")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(tmp_path)]
+    done = subprocess.run(
+        command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "api" / "index.html").read_text()
+    assert 'id="sophia_optax.sophia_g"' in page
+    assert "Examples:" in page, "the docstrings' examples are sections with code"
+
+
+@pytest.mark.parametrize(
+    "code, text, fault",
+    [
+        ("print('a')", "b", AssertionError),
+        ("1 / 0", "", ZeroDivisionError),
+        ("import no_such", "", None),
+    ],
+)
+def test_a_page_that_does_not_keep_its_word_is_found(
+    tmp_path: Path, code: str, text: str, fault: type[Exception] | None
+) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"```python\n{code}\n```\n\n```text\n{text}\n```\n")
+    if fault is None:
+        assert pages.run(page) == {"no_such"}
+    else:
+        with pytest.raises(fault):
+            pages.run(page)
