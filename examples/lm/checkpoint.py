@@ -72,6 +72,7 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, batches: Any) -> None:
         """Starts writing, once what was being written is on disk."""
         self.wait()
+        self._remove_unfinished()
         if step in self.manager.all_steps():
             return
         items = {"state": ocp.args.StandardSave(state), "batches": ocp.args.JsonSave(batches)}
@@ -111,6 +112,8 @@ class Checkpoints:
                 self._set_aside(step, error)
                 continue
             self._forget_lines_after(step)
+            if jax.process_index() == 0 and not self.read_only:
+                print(f"Resuming after step {step}.")
             return step, restored["state"], restored["batches"]
         if steps:
             raise UsageError(f"No checkpoint in {self.path} can be read. Start with another --out.")
@@ -120,7 +123,14 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for what is being written and frees the threads."""
         self.wait()
+        self._remove_unfinished()
         self.manager.close()
+
+    def _remove_unfinished(self) -> None:
+        """Half a checkpoint is of no use and takes room. Only while nothing is being written."""
+        if jax.process_index() == 0 and not self.read_only:
+            for unfinished in self.path.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(unfinished, ignore_errors=True)
 
     def _set_aside(self, step: int, error: Exception) -> None:
         """Gives what cannot be read another name, so that its step can be saved again."""
@@ -148,9 +158,7 @@ class Checkpoints:
         path.write_text("".join(json.dumps(record) + "\n" for record in kept))
 
     def _failed(self, error: Exception) -> None:
-        if jax.process_index() == 0:  # half a checkpoint is of no use, and the disk may be full
-            for unfinished in self.path.glob(f"{self.saving}.*tmp*"):
-                shutil.rmtree(unfinished, ignore_errors=True)
+        self._remove_unfinished()
         reason = str(error).splitlines()[0].rstrip(".")
         message = (
             f"the checkpoint after step {self.saving} could not be saved ({reason}); the older "

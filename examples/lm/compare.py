@@ -101,17 +101,15 @@ def train_all(
         contextlib.ExitStack() as closing,
     ):
         for name, config in runs.items():
-            log = report.tracker(progress, name, config.steps, folder / "metrics.jsonl", closing)
-            if stop is None:
-                results[name] = fit(config, corpus, log=log)
-                continue
-            store = Checkpoints(folder, config)
-            if config.resume:
+            store = Checkpoints(folder, config) if stop else None
+            if store and config.resume:
                 store.check_same_run()
-            else:
+            elif store:
                 store.describe()
+            log = report.tracker(progress, name, config.steps, folder / "metrics.jsonl", closing)
             results[name] = fit(config, corpus, log=log, store=store, stop=stop)
-            store.close()
+            if store:
+                store.close()
     return results
 
 

@@ -81,7 +81,7 @@ def fit(
     device_mesh: Mesh | None = None,
     log: Callable[[dict[str, float]], None] = lambda record: None,
     store: Store | None = None,
-    stop: Callable[[int], bool] = lambda step: False,
+    stop: Callable[[int], bool] | None = None,
 ) -> Result:
     """Trains one model and validates it on the way.
 
@@ -155,7 +155,7 @@ def fit(
             report(step - 1, late, clock)
             clock = time.perf_counter()
         late = metrics
-        done, stopping = step + 1, stop(step + 1)
+        done, stopping = step + 1, stop is not None and stop(step + 1)
         at_end = done == config.steps or stopping
         validating = done % config.eval_interval == 0 or done == config.steps
         saving = store and (done % config.save_interval == 0 or at_end)

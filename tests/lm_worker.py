@@ -1,0 +1,101 @@
+"""Runs of the trainer that are small, quick to compile, and interrupted where a test wants it.
+
+python -m tests.lm_worker '{"stop_after": 3}' train --model micro ...
+"""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from examples.lm import report
+from examples.lm.__main__ import main
+from examples.lm.config import MODELS, ModelConfig
+
+ROOT = Path(__file__).parents[1]
+MICRO = ModelConfig(layers=1, width=16, heads=2, context=16, vocab_size=256, init_scale=0.1)
+
+# Most of a test's time would go into compiling the same step again, and into making it fast.
+COMPILATION = {
+    "jax_disable_most_optimizations": True,
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}
+
+
+@contextlib.contextmanager
+def quick_compilation(cache: Path) -> Iterator[None]:
+    """Inside, a step is compiled once, with little effort, and found in the cache by the others."""
+    settings = {**COMPILATION, "jax_compilation_cache_dir": str(cache)}
+    before = {name: jax.config.values[name] for name in settings}
+    try:
+        compilation_cache.reset_cache()
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
+def run(
+    arguments: list[str],
+    stop_after: int | None = None,
+    pause: float = 0.0,
+    seen: Callable[[int], None] = lambda step: None,
+) -> int:
+    """`main` with a micro preset.
+
+    Args:
+      arguments: the command line.
+      stop_after: the step after whose log line SIGTERM comes.
+      pause: seconds that every line takes, so that a run is not over before it is disturbed.
+      seen: called with the step of every training line.
+    """
+
+    def tracker(*args: Any, make: Any = report.tracker) -> Any:
+        log = make(*args)
+
+        def disturbed(record: dict[str, float]) -> None:
+            log(record)
+            time.sleep(pause)
+            if "loss" in record:
+                seen(int(record["step"]))
+                if record["step"] == stop_after:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+        return disturbed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MODELS, "micro", MICRO)
+        patch.setattr(report, "tracker", tracker)
+        return main(arguments)
+
+
+def start(arguments: list[str], devices: int, cache: Path, **how: float) -> subprocess.Popen:
+    """`run` in a process of its own."""
+    settings = {**COMPILATION, "jax_compilation_cache_dir": cache, "jax_num_cpu_devices": devices}
+    environment = {name.upper(): str(value) for name, value in settings.items()}
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.lm_worker", json.dumps(how), *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment, "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[2:], **json.loads(sys.argv[1])))
