@@ -34,6 +34,7 @@ PUBLIC_NAMES = {
     "scale_by_sophia",
     "sophia_g",
     "sophia_h",
+    "win_rate_target",
 }
 
 
@@ -72,7 +73,8 @@ def test_the_package_is_typed() -> None:
 def test_versions_agree() -> None:
     assert "version" in PROJECT["dynamic"], "the version is that of sophia_optax/__init__.py"
     (cited,) = re.findall(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
-    released = re.findall(r"^## \[(\d\S+)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    headings = r"^## \[(\d\S+)\] - \d{4}-\d\d-\d\d$"
+    released = re.findall(headings, (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert sophia_optax.__version__ == cited == released[0]
 
 

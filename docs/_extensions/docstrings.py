@@ -1,4 +1,4 @@
-"""Docstrings as the site shows them: "Example:" becomes the section whose doctests are code."""
+"""Docstrings as the site shows them: an "Example:" is a section with code."""
 
 import re
 from typing import Any
@@ -7,10 +7,11 @@ import griffe
 
 
 class Examples(griffe.Extension):
-    """Renames the heading to the plural, which is the only one that griffe knows."""
+    """Renames the heading to the plural, the only one that griffe knows."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         """Called for every object that was read."""
         del kwargs
         if obj.docstring:
-            obj.docstring.value = re.sub(r"(?m)^Example:$", "Examples:", obj.docstring.value)
+            text = obj.docstring.value
+            obj.docstring.value = re.sub(r"(?m)^Example:$", "Examples:", text)
