@@ -31,5 +31,6 @@ from sophia_optax._scale_by_sophia import ScaleBySophiaState as ScaleBySophiaSta
 from sophia_optax._scale_by_sophia import scale_by_sophia as scale_by_sophia
 from sophia_optax._types import HessianFn as HessianFn
 from sophia_optax._types import Likelihood as Likelihood
+from sophia_optax._win_rate_target import win_rate_target as win_rate_target
 
 __version__ = "0.1.0"

@@ -7,7 +7,7 @@ from jax.typing import DTypeLike
 
 from sophia_optax import _checks, _trees
 from sophia_optax._hutchinson import hutchinson
-from sophia_optax._scale_by_sophia import FLOAT32, scale_by_sophia
+from sophia_optax._scale_by_sophia import FLOAT32, Gamma, scale_by_sophia
 from sophia_optax._types import HessianFn, LossFn, Params, Scalar
 
 Mask: TypeAlias = Any
@@ -19,7 +19,7 @@ def sophia_h(
     b1: Scalar = 0.965,
     b2: Scalar = 0.99,
     eps: Scalar = 1e-12,
-    gamma: Scalar = 0.01,
+    gamma: Gamma = 0.01,
     clip_threshold: Scalar | None = 1.0,
     update_interval: Scalar = 10,
     weight_decay: Scalar = 1e-4,
@@ -60,7 +60,8 @@ def sophia_h(
       b1: decay of the momentum, in [0, 1). Default: the authors' code's; the paper has 0.96.
       b2: decay of the curvature at each estimate, in [0, 1). Default: the paper's.
       eps: floor of the denominator, above 0. Default: the paper's.
-      gamma: scale of the curvature, above 0. Default: the paper's for Sophia-H.
+      gamma: scale of the curvature, above 0, or a `win_rate_target`. Default: the paper's for
+        Sophia-H.
       clip_threshold: the largest step of a coordinate in units of the learning rate, above 0. None
         does not clip. Default: the paper's.
       update_interval: an estimate every so many steps. Default: the paper's.
@@ -102,7 +103,7 @@ def sophia_g(
     b1: Scalar = 0.965,
     b2: Scalar = 0.99,
     eps: Scalar = 1e-12,
-    gamma: Scalar = 0.05,
+    gamma: Gamma = 0.05,
     clip_threshold: Scalar | None = 1.0,
     update_interval: Scalar = 10,
     weight_decay: Scalar = 1e-4,
@@ -150,7 +151,8 @@ def sophia_g(
       b1: decay of the momentum, in [0, 1). Default: the authors' code's; the paper has 0.96.
       b2: decay of the curvature at each estimate, in [0, 1). Default: the paper's.
       eps: floor of the denominator, above 0. Default: the paper's.
-      gamma: scale of the curvature, above 0. Default: the paper's for Sophia-G.
+      gamma: scale of the curvature, above 0, or a `win_rate_target`. Default: the paper's for
+        Sophia-G.
       clip_threshold: the largest step of a coordinate in units of the learning rate, above 0. None
         does not clip. Default: the paper's.
       update_interval: an estimate every so many steps. Default: the paper's.

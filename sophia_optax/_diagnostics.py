@@ -19,12 +19,14 @@ class SophiaDiagnostics(NamedTuple):
       win_rate: the share of coordinates that were not clipped at the last accepted refresh,
         `f32[]`. The paper tunes gamma until it lies between 0.1 and 0.5: if it is lower, raise
         gamma.
+      gamma: γ of the last update, `f32[]`: as it was set, or as a `win_rate_target` found it.
     """
 
     count: Int[Array, "..."]  # pyright: ignore[reportIncompatibleMethodOverride]
     refreshes: Int[Array, "..."]
     rejected: Int[Array, "..."]
     win_rate: Float[Array, "..."]
+    gamma: Float[Array, "..."]
 
 
 def diagnostics(opt_state: PyTree[Any]) -> SophiaDiagnostics:
@@ -64,4 +66,6 @@ def diagnostics(opt_state: PyTree[Any]) -> SophiaDiagnostics:
             "that has one."
         )
     ((_, state),) = found
-    return SophiaDiagnostics(state.count, state.refreshes, state.rejected, state.win_rate)
+    return SophiaDiagnostics(
+        state.count, state.refreshes, state.rejected, state.win_rate, state.gamma
+    )

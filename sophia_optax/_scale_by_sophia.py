@@ -38,12 +38,24 @@ import optax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PyTree
 
-from sophia_optax import _arrays, _checks, _trees
+from sophia_optax import _arrays, _checks, _trees, _win_rate_target
 from sophia_optax._types import HessianFn, Params, Scalar
+from sophia_optax._win_rate_target import WinRateTarget
 
 FLOAT32 = jnp.dtype("float32")  # Not jnp.float32: optax.inject_hyperparams calls callables.
 
-_Curvature: TypeAlias = tuple[list[Any], Int[Array, ""], Int[Array, ""], Float[Array, ""]]
+Gamma: TypeAlias = Scalar | WinRateTarget
+"""γ, or the win rate that it is to follow from."""
+
+
+class _Curvature(NamedTuple):
+    """What a refresh changes."""
+
+    nu: list[Any]
+    refreshes: Int[Array, ""]
+    rejected: Int[Array, ""]
+    win_rate: Float[Array, ""]
+    gamma: Float[Array, ""]
 
 
 class ScaleBySophiaState(NamedTuple):
@@ -59,6 +71,8 @@ class ScaleBySophiaState(NamedTuple):
       rejected: how many estimates were dropped as not finite, `i32[]`.
       win_rate: the share of coordinates that were not clipped, at the last accepted refresh,
         `f32[]` in [0, 1].
+      gamma: γ of the last update, `f32[]`; with a `win_rate_target`, that of the last accepted
+        refresh.
     """
 
     count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -67,13 +81,14 @@ class ScaleBySophiaState(NamedTuple):
     refreshes: Int[Array, ""]
     rejected: Int[Array, ""]
     win_rate: Float[Array, ""]
+    gamma: Float[Array, ""]
 
 
 def scale_by_sophia(
     b1: Scalar = 0.965,
     b2: Scalar = 0.99,
     eps: Scalar = 1e-12,
-    gamma: Scalar = 0.01,
+    gamma: Gamma = 0.01,
     clip_threshold: Scalar | None = 1.0,
     update_interval: Scalar = 10,
     *,
@@ -115,7 +130,7 @@ def scale_by_sophia(
         step. Default: the paper's.
       gamma: γ, the scale of h, above 0: the smaller, the more coordinates are clipped. The paper
         tunes it until the win rate is between 0.1 and 0.5. Default: the paper's for Sophia-H; 0.05
-        for Sophia-G.
+        for Sophia-G. Or a `win_rate_target`, from which γ follows.
       clip_threshold: ρ, the largest step of a coordinate, above 0. None does not clip. Default: the
         paper's.
       update_interval: k, an estimate is drawn every k-th step, the first included. Default: the
@@ -139,24 +154,32 @@ def scale_by_sophia(
     _checks.check_number("b1", b1, 0, 1, "[0, 1)")
     _checks.check_number("b2", b2, 0, 1, "[0, 1)")
     _checks.check_number("eps", eps, 0, float("inf"), "(0, ∞)")
-    _checks.check_number("gamma", gamma, 0, float("inf"), "(0, ∞)")
+    target = gamma if isinstance(gamma, WinRateTarget) else None
+    if target is None:
+        _checks.check_number("gamma", gamma, 0, float("inf"), "(0, ∞)")
+    else:
+        _win_rate_target.check_clip(clip_threshold)
     if clip_threshold is not None:
         _checks.check_number("clip_threshold", clip_threshold, 0, float("inf"), "(0, ∞)")
     _checks.check_count("update_interval", update_interval)
     _checks.check_dtype("mu_dtype", mu_dtype)
     _checks.check_dtype("nu_dtype", nu_dtype)
 
-    b1, b2, eps, gamma = map(_wide, (b1, b2, eps, gamma))
+    b1, b2, eps = map(_wide, (b1, b2, eps))
+    fixed_gamma = None if target else _wide(gamma)
     clip = None if clip_threshold is None else _wide(clip_threshold)
     log_b2 = _log(b2)
 
     def momentum(g: Any, m: Array, decay: Any) -> Array:
         return decay * _wide(m) + (1 - b1) * jnp.asarray(g, _wide(m).dtype)
 
-    def denominator(h: Array, refreshes: Int[Array, ""]) -> Array:
+    def scale_of(gamma: Any, refreshes: Int[Array, ""]) -> Any:
+        """What h is multiplied by: γ / (1 - b2ⁿ), one number for all coordinates."""
         # 1 - b2ⁿ without the cancellation that costs three digits at b2 = 0.9999.
         share = jnp.where(refreshes == 0, 1.0, -jnp.expm1(refreshes * log_b2))
-        scale = gamma / share if bias_correction else gamma
+        return gamma / share if bias_correction else gamma
+
+    def denominator(h: Array, scale: Any) -> Array:
         return jnp.maximum(scale * _wide(h), eps)
 
     def init(params: Params) -> ScaleBySophiaState:
@@ -172,6 +195,7 @@ def scale_by_sophia(
             refreshes=jnp.zeros((), jnp.int32),
             rejected=jnp.zeros((), jnp.int32),
             win_rate=jnp.zeros((), jnp.float32),
+            gamma=jnp.ones((), jnp.float32) if target else _as_state(gamma),
         )
 
     def update(
@@ -189,6 +213,18 @@ def scale_by_sophia(
         owned = _trees.Owned.of(updates)
         gs, ms, hs = owned.take(updates), owned.take(state.mu), owned.take(state.nu)
 
+        def gamma_for(hs: list[Array], refreshes: Int[Array, ""]) -> Any:
+            """γ as it was set, or the one at which that h meets the target."""
+            if target is None:
+                return fixed_gamma
+            bound = scale_of(state.gamma, refreshes) * clip
+            counts = jnp.zeros(len(_win_rate_target.RUNGS) + 1, jnp.float32)
+            for g, m, h in zip(gs, ms, hs, strict=True):
+                new_m = jnp.abs(momentum(g, m, b1))
+                counts += _win_rate_target.unclipped_counts(new_m, bound * _wide(h))
+            found = _win_rate_target.quantile(state.gamma, counts, target.target)
+            return _win_rate_target.averaged(state.gamma, found, refreshes, target.decay)
+
         def refreshed() -> _Curvature:
             """Averages a new estimate into h, unless a coordinate of it is not finite."""
             assert hessian_fn is not None
@@ -201,43 +237,49 @@ def scale_by_sophia(
             refreshes = _increment(state.refreshes)
             # One sum tells both how many coordinates are not clipped and, by being NaN, that h is
             # not finite somewhere; so a sharded refresh adds a single all-reduce, of a scalar.
+            gamma = gamma_for(candidates, refreshes)
+            scale = scale_of(gamma, refreshes)
             unclipped = jnp.zeros((), jnp.float32)
             for g, m, h in zip(gs, ms, candidates, strict=True):
-                bound = denominator(h, refreshes) * (1 if clip is None else clip)
+                bound = denominator(h, scale) * (1 if clip is None else clip)
                 won = (jnp.abs(momentum(g, m, b1)) < bound).astype(jnp.float32)
                 unclipped += jnp.sum(jnp.where(jnp.isfinite(h), won, jnp.nan))
             accepted = ~jnp.isnan(unclipped)
-            return (
+            return _Curvature(
                 [jnp.where(accepted, new, old) for new, old in zip(candidates, hs, strict=True)],
                 jnp.where(accepted, refreshes, state.refreshes),
                 jnp.where(accepted, state.rejected, _increment(state.rejected)),
                 jnp.where(accepted, unclipped / max(owned.size, 1), state.win_rate),
+                jnp.where(accepted, _as_state(gamma), state.gamma),
             )
 
         def kept() -> _Curvature:
-            return hs, state.refreshes, state.rejected, state.win_rate
+            return _Curvature(hs, state.refreshes, state.rejected, state.win_rate, state.gamma)
 
         if refresh is None:
             due = state.count % jnp.asarray(update_interval, jnp.int32) == 0
-            hs, refreshes, rejected, win_rate = jax.lax.cond(due, refreshed, kept)
+            curvature = jax.lax.cond(due, refreshed, kept)
             # Let m wait for the refresh, which reads the old one: XLA for CPU would otherwise write
             # the new m first, and copy the old one for that.
-            decay = jnp.where(refreshes < 0, 0.0, b1)
+            decay = jnp.where(curvature.refreshes < 0, 0.0, b1)
         else:
-            hs, refreshes, rejected, win_rate = refreshed() if refresh else kept()
+            curvature = refreshed() if refresh else kept()
             decay = b1
 
+        gamma = fixed_gamma if target is None else curvature.gamma
+        scale = scale_of(gamma, curvature.refreshes)
         ms = [momentum(g, m, decay) for g, m in zip(gs, ms, strict=True)]
-        us = [m / denominator(h, refreshes) for m, h in zip(ms, hs, strict=True)]
+        us = [m / denominator(h, scale) for m, h in zip(ms, curvature.nu, strict=True)]
         if clip is not None:
             us = [jnp.clip(u, -clip, clip) for u in us]
         new_state = ScaleBySophiaState(
             count=_increment(state.count),
             mu=owned.put(ms, state.mu),
-            nu=owned.put(hs, state.nu),
-            refreshes=refreshes,
-            rejected=rejected,
-            win_rate=win_rate,
+            nu=owned.put(curvature.nu, state.nu),
+            refreshes=curvature.refreshes,
+            rejected=curvature.rejected,
+            win_rate=curvature.win_rate,
+            gamma=_as_state(gamma),
         )
         return _trees.like_gradients(owned.put(us, updates), updates), new_state
 
@@ -254,6 +296,11 @@ def _log(x: Any) -> Any:
     if isinstance(x, jax.Array):
         return jnp.log(x)
     return math.log(x) if x > 0 else -math.inf
+
+
+def _as_state(gamma: Any) -> Float[Array, ""]:
+    """γ as the state holds it: in a buffer of its own."""
+    return jnp.array(gamma, jnp.float32)
 
 
 def _increment(count: Int[Array, ""]) -> Int[Array, ""]:

@@ -45,8 +45,8 @@ def test_found_in_any_nesting(nesting: str) -> None:
     state, inside_jit = three_updates()
     found = sophia_optax.diagnostics(state)
     assert isinstance(found, sophia_optax.SophiaDiagnostics)
-    assert found._fields == ("count", "refreshes", "rejected", "win_rate")
-    assert [float(x) for x in found] == [3.0, 1.0, 2.0, 0.5]
+    assert found._fields == ("count", "refreshes", "rejected", "win_rate", "gamma")
+    assert [float(x) for x in found] == [3.0, 1.0, 2.0, 0.5, 1.0]
     chex.assert_trees_all_equal(inside_jit, found)
 
 

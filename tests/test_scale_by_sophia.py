@@ -590,7 +590,7 @@ TREES: dict[str, Tree] = {
     "empty_dict": {},
     "empty_tuple": (),
     "nested_empty": {"a": {}, "b": [(), jnp.ones(2)]},
-    "namedtuple": sophia_optax.SophiaDiagnostics(*(jnp.ones(i + 1) for i in range(4))),
+    "namedtuple": sophia_optax.SophiaDiagnostics(*(jnp.ones(i + 1) for i in range(5))),
 }
 
 
@@ -730,10 +730,10 @@ def test_the_state_can_be_cast_and_holds_arrays_alone() -> None:
 
 def test_the_state_has_the_promised_fields() -> None:
     state = sophia_optax.scale_by_sophia().init(PARAMS)
-    assert state._fields == ("count", "mu", "nu", "refreshes", "rejected", "win_rate")
+    assert state._fields == ("count", "mu", "nu", "refreshes", "rejected", "win_rate", "gamma")
     for name in ("count", "refreshes", "rejected"):
         assert getattr(state, name).dtype == jnp.int32
-    assert state.win_rate.dtype == jnp.float32
+    assert state.win_rate.dtype == state.gamma.dtype == jnp.float32
     chex.assert_trees_all_equal(state.mu, jax.tree.map(jnp.zeros_like, PARAMS))
     chex.assert_trees_all_equal(state.nu, jax.tree.map(jnp.zeros_like, PARAMS))
 

@@ -1,0 +1,105 @@
+"""How many steps each optimizer needs to reach the loss of a tuned AdamW.
+
+    python -m benchmarks.lm_race [--quick] [--regimes small large]
+
+Every entrant is tuned with the same number of tries (`entrants.py`) on the `tune` split and a seed
+of its own. Then its best point is run at several budgets, each with its own full decay of the
+learning rate, on other seeds, and judged on the `validation` split. Runs are appended to
+`results/lm_race.jsonl` as they end, and what is there is not run again, so that the race can be
+stopped and continued; `results/lm_race.json` holds the tables and `lm_race.png` the plot.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from benchmarks.entrants import ENTRANTS, search
+from benchmarks.journal import Journal, Runs
+from benchmarks.provenance import RESULTS
+from benchmarks.runner import Runner, Setting
+from examples.lm import data
+
+
+@dataclass(frozen=True)
+class Regime:
+    """A setting, its tuning budget and the budgets that are raced.
+
+    Attributes:
+      setting: model and batches.
+      steps: of a tuning run.
+      budgets: steps of the raced runs, each with a full decay.
+      tries: points that each entrant may try.
+      seeds: of the raced runs; tuning uses another.
+    """
+
+    setting: Setting
+    steps: int
+    budgets: tuple[int, ...]
+    tries: int = 16
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+REGIMES = {
+    "small": Regime(Setting(batch_size=8, curvature_batch=4), 500, (250, 500, 1000)),
+    "large": Regime(Setting(batch_size=64, curvature_batch=8), 125, (63, 125, 250), tries=12),
+}
+QUICK = Regime(Setting(batch_size=2, curvature_batch=1), 10, (5, 10), tries=2, seeds=(0,))
+TUNING_SEED = 1000
+
+
+@dataclass(frozen=True)
+class RaceConfig:
+    """What to race.
+
+    Attributes:
+      regimes: names in `REGIMES`.
+      entrants: names in `ENTRANTS`.
+      quick: a few steps of each, to see that it runs; writes no results.
+      runs: the file of finished runs.
+      tune_only: stop after tuning.
+    """
+
+    regimes: tuple[str, ...] = tuple(REGIMES)
+    entrants: tuple[str, ...] = tuple(ENTRANTS)
+    quick: bool = False
+    runs: Path = RESULTS / "lm_race.jsonl"
+    tune_only: bool = False
+
+
+def enter(
+    config: RaceConfig, journal: Journal, corpus: data.Corpus, regime: str, name: str
+) -> None:
+    """Tunes one entrant and runs its best point at every budget and seed."""
+    entrant, setup = ENTRANTS[name], QUICK if config.quick else REGIMES[regime]
+    runs = Runs(
+        journal,
+        corpus,
+        lambda: Runner(entrant.row, setup.setting),
+        regime=regime,
+        entrant=name,
+    )
+    found = search(
+        entrant,
+        setup.tries,
+        lambda point: runs(point, setup.steps, TUNING_SEED, "tune")["loss"],
+    )
+    print(regime, name, found, flush=True)
+    if config.tune_only:
+        return
+    for budget in setup.budgets:
+        for seed in setup.seeds:
+            runs(found["point"], budget, seed, "validation")
+
+
+def race(config: RaceConfig) -> None:
+    """Runs what is missing."""
+    journal = Journal(None if config.quick else config.runs)
+    corpus = data.load("stdlib")
+    for regime in config.regimes:
+        for name in config.entrants:
+            enter(config, journal, corpus, regime, name)
+
+
+if __name__ == "__main__":
+    race(tyro.cli(RaceConfig))

@@ -1,0 +1,204 @@
+"""A γ that follows from a target for the win rate."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import sophia_optax
+from sophia_optax import win_rate_target
+
+KEYS = jax.random.split(jax.random.key(0), 8)
+SIZE = 2000
+
+
+def lognormal(key: jax.Array, spread: float = 2.0) -> jax.Array:
+    return jnp.exp(spread * jax.random.normal(key, (SIZE,)))
+
+
+GRADS = {"a": lognormal(KEYS[0]) * jax.random.rademacher(KEYS[1], (SIZE,)), "b": lognormal(KEYS[2])}
+CURVATURE = {"a": lognormal(KEYS[3]), "b": lognormal(KEYS[4])}
+
+
+def transform(target: float = 0.3, **keywords: Any) -> optax.GradientTransformationExtraArgs:
+    decay = keywords.pop("decay", 0.0)
+    gamma = win_rate_target(target, decay=decay)
+    return sophia_optax.scale_by_sophia(gamma=gamma, **{"update_interval": 2, **keywords})
+
+
+def step(tx: Any, state: Any, grads: Any = GRADS, curvature: Any = CURVATURE) -> tuple[Any, Any]:
+    return jax.jit(lambda g, s, h: tx.update(g, s, hessian_fn=lambda key: h))(
+        grads, state, curvature
+    )
+
+
+def first_gamma(grads: Any = GRADS, curvature: Any = CURVATURE, **keywords: Any) -> float:
+    tx = transform(**keywords)
+    return float(step(tx, tx.init(grads), grads, curvature)[1].gamma)
+
+
+def numpy_quantile(target: float, b1: float = 0.965) -> float:
+    m = np.concatenate([(1 - b1) * np.abs(np.asarray(g)) for g in GRADS.values()])
+    h = np.concatenate([np.asarray(h) for h in CURVATURE.values()])
+    return float(np.quantile(m / h, target))
+
+
+@pytest.mark.parametrize("target", [0.05, 0.3, 0.9])
+def test_gamma_is_the_quantile_of_momentum_over_curvature(target: float) -> None:
+    np.testing.assert_allclose(first_gamma(target=target), numpy_quantile(target), rtol=0.1)
+    tx = transform(target, b1=0.0, update_interval=1)
+    state = tx.init(GRADS)
+    for _ in range(3):  # each from where the last one was
+        _, state = step(tx, state)
+    np.testing.assert_allclose(float(state.gamma), numpy_quantile(target, b1=0.0), rtol=0.02)
+
+
+@pytest.mark.parametrize("clip_threshold", [1.0, 0.25])
+def test_the_share_of_coordinates_left_unclipped_is_the_target(clip_threshold: float) -> None:
+    tx = transform(0.3, clip_threshold=clip_threshold)
+    updates, state = step(tx, tx.init(GRADS))
+    moved = np.concatenate([np.abs(u) for u in jax.tree.leaves(updates)])
+    assert abs(np.mean(moved < clip_threshold) - 0.3) < 0.005
+    assert abs(float(state.win_rate) - 0.3) < 0.005
+
+
+def test_gamma_takes_out_the_scales_of_gradient_and_curvature() -> None:
+    scaled = [jax.tree.map(lambda x, c=c: c * x, GRADS) for c in (1.0, 1e-3)]
+    curved = [jax.tree.map(lambda x, c=c: c * x, CURVATURE) for c in (1.0, 1e-3)]
+    gamma = first_gamma()
+    np.testing.assert_allclose(first_gamma(scaled[1], curved[0]), 1e-3 * gamma, rtol=0.02)
+    np.testing.assert_allclose(first_gamma(scaled[0], curved[1]), 1e3 * gamma, rtol=0.02)
+    np.testing.assert_allclose(first_gamma(scaled[1], curved[1]), gamma, rtol=0.02)
+
+
+def test_coordinates_without_positive_curvature_do_not_count() -> None:
+    grads = {**GRADS, "flat": jnp.ones(SIZE), "concave": jnp.ones(SIZE)}
+    curvature = {**CURVATURE, "flat": jnp.zeros(SIZE), "concave": -jnp.ones(SIZE)}
+    assert first_gamma(grads, curvature) == first_gamma()
+
+
+@pytest.mark.parametrize("params", [{}, {"w": jnp.ones(3)}], ids=["empty", "flat"])
+def test_without_any_positive_curvature_gamma_stays(params: Any) -> None:
+    tx = transform()
+    _, state = step(tx, tx.init(params), params, jax.tree.map(jnp.zeros_like, params))
+    assert float(state.gamma) == 1.0
+
+
+def test_gamma_is_averaged_in_the_logarithm_and_the_first_counts_in_full() -> None:
+    tx = transform(decay=0.75, b1=0.0, b2=0.0, update_interval=1)
+    state = tx.init(GRADS)
+    found = []
+    for scale in (1.0, 10.0, 100.0):
+        grads = jax.tree.map(lambda g, s=scale: s * g, GRADS)
+        _, state = step(tx, state, grads)
+        found.append(float(state.gamma))
+    logs = np.log10(found) - np.log10(found[0])
+    weights = 0.75 ** np.arange(3)[::-1]
+    np.testing.assert_allclose(logs[1], weights[2] / (weights[1] + weights[2]), atol=0.02)
+    np.testing.assert_allclose(logs[2], np.average([0, 1, 2], weights=weights), atol=0.02)
+
+
+def test_between_refreshes_gamma_stays() -> None:
+    tx = transform()
+    _, state = step(tx, tx.init(GRADS))
+    _, later = step(tx, state, jax.tree.map(lambda g: 100 * g, GRADS))
+    assert float(later.gamma) == float(state.gamma)
+    assert int(later.refreshes) == 1
+
+
+def test_a_rejected_estimate_leaves_gamma() -> None:
+    tx = transform(update_interval=1)
+    _, state = step(tx, tx.init(GRADS))
+    broken = {**CURVATURE, "a": CURVATURE["a"].at[0].set(jnp.nan)}
+    _, later = step(tx, state, jax.tree.map(lambda g: 100 * g, GRADS), broken)
+    assert float(later.gamma) == float(state.gamma)
+    assert int(later.rejected) == 1
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_eight_devices_find_the_gamma_of_one(axis_type: AxisType) -> None:
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    with jax.set_mesh(mesh):
+        grads, curvature = jax.device_put((GRADS, CURVATURE), rows)
+        np.testing.assert_allclose(first_gamma(grads, curvature), first_gamma(), rtol=1e-6)
+
+
+def test_a_fixed_gamma_is_shown_as_it_was_set() -> None:
+    tx = sophia_optax.sophia_g(1e-3, gamma=0.125)
+    assert float(sophia_optax.diagnostics(tx.init(GRADS)).gamma) == 0.125
+
+
+def test_a_gamma_on_a_schedule_is_shown_as_it_was_used() -> None:
+    tx = optax.inject_hyperparams(sophia_optax.scale_by_sophia)(gamma=lambda t: 0.5 / (t + 1))
+    state = tx.init(GRADS)
+    for expected in (0.5, 0.25):
+        _, state = step(tx, state)
+        np.testing.assert_allclose(float(sophia_optax.diagnostics(state).gamma), expected)
+
+
+def test_a_gamma_given_as_an_array_is_not_donated_with_the_state() -> None:
+    gamma = jnp.float32(0.5)
+    state = sophia_optax.scale_by_sophia(gamma=gamma).init(GRADS)
+    jax.jit(lambda state: state, donate_argnums=0)(state)
+    assert float(gamma) == 0.5
+
+
+WRAPPERS = {
+    "masked": lambda tx: optax.masked(tx, {"a": True, "b": False}),
+    "partition": lambda tx: optax.partition(
+        {"sophia": tx, "sgd": optax.sgd(0.1)}, {"a": "sophia", "b": "sgd"}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_the_share_is_of_what_the_transform_owns(name: str) -> None:
+    tx = WRAPPERS[name](transform())
+    _, state = step(tx, tx.init(GRADS))
+    found = sophia_optax.diagnostics(state)
+    assert abs(float(found.win_rate) - 0.3) < 0.005
+    alone = first_gamma({"a": GRADS["a"]}, {"a": CURVATURE["a"]})
+    np.testing.assert_allclose(float(found.gamma), alone, rtol=1e-6)
+
+
+def test_it_runs_under_inject_hyperparams() -> None:
+    tx = optax.inject_hyperparams(sophia_optax.sophia_h)(1e-3, gamma=win_rate_target(0.3))
+    _, state = jax.jit(lambda s: tx.update(GRADS, s, GRADS, hessian_fn=lambda key: CURVATURE))(
+        tx.init(GRADS)
+    )
+    assert abs(float(sophia_optax.diagnostics(state).win_rate) - 0.3) < 0.005
+
+
+def test_counting_holds_no_array() -> None:
+    def temporaries(gamma: Any) -> int:
+        tx = sophia_optax.scale_by_sophia(gamma=gamma)
+        grads = jnp.ones((512, 512))
+        state = tx.init(grads)
+        update = jax.jit(
+            lambda g, s: tx.update(g, s, hessian_fn=lambda key: g * g, refresh=True),
+            donate_argnums=1,
+        )
+        return update.lower(grads, state).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(win_rate_target(0.3)) <= temporaries(0.01) + 512 * 512 // 16
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: win_rate_target(0.0), ValueError, "target is 0.0"),
+        (lambda: win_rate_target(1.0), ValueError, "target is 1.0"),
+        (lambda: win_rate_target(0.3, decay=1.0), ValueError, "decay is 1.0"),
+        (lambda: win_rate_target("0.3"), TypeError, "target"),
+        (lambda: transform(clip_threshold=None), ValueError, "clip_threshold is None"),
+        (lambda: sophia_optax.sophia_g(1.0, gamma="high"), TypeError, "gamma"),
+    ],
+)
+def test_bad_arguments_are_refused(make: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()
