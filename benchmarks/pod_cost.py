@@ -69,9 +69,10 @@ def whole(optimizer: str) -> Setting:
 SETTINGS = (
     *(Setting(name) for name in (*OPTIMIZERS, "contrib_sophia")),
     *(whole(name) for name in ("adamw", "contrib_sophia")),
-    *(Setting(name, TOPOLOGIES[n]) for n in (256, 4, 64) for name in OPTIMIZERS),
+    *(Setting(name, TOPOLOGIES[n]) for n in (256, 4, 64) for name in ("adamw", "sophia_g")),
+    Setting("sophia_g", TOPOLOGIES[256], model="gpt2-1.5b"),
+    *(Setting("sophia_h", TOPOLOGIES[n]) for n in (256, 4, 64)),
     *(whole(name) for name in ("sophia_g", "sophia_h")),
-    *(Setting(name, TOPOLOGIES[256], model="gpt2-1.5b") for name in ("sophia_g", "adamw")),
 )
 
 

@@ -1,8 +1,9 @@
-"""What XLA for TPU v5e makes of the update, compiled ahead of time on a machine without one.
+"""What XLA for TPU makes of the update and of a whole step, compiled on a machine without a TPU.
 
 Needs the extra `tpu`: `pip install -e '.[test,tpu]'`.
 """
 
+import json
 import os
 from typing import Any
 
@@ -10,9 +11,15 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import sophia_optax
+from benchmarks import programs
+from examples.lm import mesh, plan
+from examples.lm.__main__ import main
+from examples.lm.config import MODELS, ModelConfig
+from examples.lm.model import Transformer
 from tests import hlo
 
 pytest.importorskip("libtpu", reason="the TPU compiler comes with the extra 'tpu'")
@@ -98,3 +105,46 @@ def test_a_sharded_refresh_adds_one_all_reduce_of_scalars(devices: Any, sophia: 
     )
     assert hlo.collectives(estimate) == {"all-reduce": 1}
     assert not hlo.collectives(estimate, more_than=1)
+
+
+WIDE = ModelConfig(layers=2, width=768, heads=12, context=1024, vocab_size=50257)
+
+
+def test_on_every_array_of_a_transformer_it_is_six_passes_to_adamws_seven(
+    devices: Any, sophia: Any
+) -> None:
+    params = jax.eval_shape(lambda: nnx.state(Transformer(WIDE, nnx.Rngs(0)), nnx.Param))
+    size = 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
+    chip = SingleDeviceSharding(devices[0])
+    off = programs.donated_update(sophia, params, chip, refresh=False)
+    adamw = programs.donated_update(optax.adamw(1e-3, weight_decay=0.1), params, chip)
+    assert programs.main_memory_bytes(off.as_text()) / size == pytest.approx(6, rel=1e-3)
+    assert programs.main_memory_bytes(adamw.as_text()) / size == pytest.approx(7, rel=1e-3)
+
+
+def test_a_plan_from_end_to_end(tmp_path: Any, capsys: Any) -> None:
+    path = tmp_path / "plan.json"
+    arguments = ["plan", "--model", "tiny", "--topology", "v5e:2x2", "--json", str(path)]
+    assert main(arguments) == 0
+    row = json.loads(path.read_text())["sophia_g"]
+    assert row["state_bytes"] == pytest.approx(2 * row["params_bytes"], rel=0.01)
+    standing = row["params_bytes"] + row["state_bytes"]
+    assert row["peak_bytes"] >= row["temp_bytes"] + standing
+    assert row["hbm_bytes"] == 16 * 2**30
+    assert row["flops_step"] < row["flops_average"] <= 1.01 * row["flops_step"]
+    microbatches, layers = 4, MODELS["tiny"].layers
+    gathered_forward_and_backward = 2 * 4 * layers * microbatches
+    assert row["collectives"]["all-gather"]["count"] >= gathered_forward_and_backward
+    assert "sophia_g" in capsys.readouterr().out
+
+
+def test_a_plans_flops_are_those_that_the_tpu_compiler_counts(devices: Any) -> None:
+    config = plan.PlanConfig(
+        model="tiny", topology="v5e:2x2", batch_per_chip=4, accumulate=1, curvature_share=4
+    )
+    run = plan.run_config(config, "sophia_g", chips=4)
+    device_mesh = mesh.make_mesh(plan.layout(config, 4), devices)
+    compiled = plan.lowered_step(run, device_mesh, refresh=True, unroll=True)[1].compile()
+    assert plan.flops(run, refresh=True) / 4 == pytest.approx(
+        compiled.cost_analysis()["flops"], rel=0.1
+    )

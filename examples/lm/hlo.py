@@ -29,10 +29,10 @@ def collective_traffic(text: str) -> dict[str, dict[str, int]]:
     Returns:
       From kind to `count` and `bytes`.
     """
-    computations = {name: body for _, name, body in _COMPUTATION.findall(text)}
+    bodies = computations(text)
     seen: dict[tuple[str, str], tuple[int, int]] = {}
     for computation, times in executions(text).items():
-        body = list(instructions(computations[computation]))
+        body = list(instructions(bodies[computation]))
         for name, type_, opcode, line in body:
             kind, result = opcode.removesuffix("-done"), type_
             if kind not in COLLECTIVES:
@@ -53,8 +53,7 @@ def collective_traffic(text: str) -> dict[str, dict[str, int]]:
 
 def executions(text: str) -> collections.Counter[str]:
     """How often each computation of a program runs."""
-    bodies = {name: body for _, name, body in _COMPUTATION.findall(text)}
-    entry = next(name for is_entry, name, _ in _COMPUTATION.findall(text) if is_entry)
+    bodies = computations(text)
     counts: collections.Counter[str] = collections.Counter()
 
     def visit(computation: str, times: int) -> None:
@@ -65,8 +64,18 @@ def executions(text: str) -> collections.Counter[str]:
                 for callee in re.findall(r"[\w.-]+", several or one):
                     visit(callee, times * trips)
 
-    visit(entry, 1)
+    visit(entry(text), 1)
     return counts
+
+
+def computations(text: str) -> dict[str, str]:
+    """The text of each computation by its name."""
+    return {name: body for _, name, body in _COMPUTATION.findall(text)}
+
+
+def entry(text: str) -> str:
+    """The computation that a program begins with."""
+    return next(name for is_entry, name, _ in _COMPUTATION.findall(text) if is_entry)
 
 
 def trip_count(line: str, bodies: dict[str, str]) -> int:
@@ -84,17 +93,18 @@ def trip_count(line: str, bodies: dict[str, str]) -> int:
     compared = re.search(r"compare\((.*?)\), direction=LT", "\n".join(condition.values()))
     if not compared:
         return 1
-    counter, bound = operands(compared[0])
+    counter, bound = operands(compared[0], "compare")
     index = re.search(r"index=(\d+)", condition[counter])
     results = next(text for text in body.values() if text.lstrip().startswith("ROOT"))
-    step = [constant(body[name]) for name in operands(body[operands(results)[int(index[1])]])]
+    counted = body[operands(results, "tuple")[int(index[1])]]
+    step = [constant(body[name]) for name in operands(counted, "add")]
     return -(-constant(condition[bound]) // (max(step) or 1))
 
 
-def operands(line: str) -> list[str]:
+def operands(line: str, opcode: str) -> list[str]:
     """The names that an instruction is applied to."""
-    arguments = re.search(r" ?[a-z][a-z-]*\(([^()]*)\)", line)
-    return re.findall(r"%([\w.-]+)", arguments[1])
+    arguments = re.search(rf"\b{opcode}\(([^()]*)\)", line)
+    return re.findall(r"%([\w.-]+)", arguments[1]) if arguments else []
 
 
 def constant(line: str) -> int:

@@ -1,0 +1,123 @@
+"""What a compiled program does to memory, and what its matrix products cost."""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import optax
+
+from examples.lm import hlo
+
+# These move nothing: they name parts of what is there, or start and end what is counted elsewhere.
+FREE = (
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
+    "copy-done", "partition-id", "after-all", "iota",
+)  # fmt: skip
+ARRAY = re.compile(r"[a-z]+\d*\[[\d,]*\](?:\{[^{}]*\})?")
+ON_CHIP = re.compile(r"S\([1-9]\d*\)")
+
+
+def donated_update(tx: Any, params: Any, sharding: Any = None, **arguments: Any) -> Any:
+    """Compiles an optimizer's update and `apply_updates`, with params and state donated.
+
+    Args:
+      tx: the optimizer.
+      params: their shapes.
+      sharding: of everything.
+      **arguments: for `update`; a function stands for what it makes of the params.
+
+    Returns:
+      The compiled function of (params, state, gradients).
+    """
+
+    def update(params: Any, state: Any, grads: Any) -> Any:
+        extra = {name: x(params) if callable(x) else x for name, x in arguments.items()}
+        updates, state = tx.update(grads, state, params, **extra)
+        return optax.apply_updates(params, updates), state
+
+    def place(x: Any) -> Any:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    state = jax.tree.map(place, jax.eval_shape(tx.init, params))
+    params = jax.tree.map(place, params)
+    return jax.jit(update, donate_argnums=(0, 1)).lower(params, state, params).compile()
+
+
+def running(text: str) -> Iterator[tuple[int, list[tuple[str, str, str, str]]]]:
+    """The computations that run off a refresh, and how often: of a branch, the first alternative.
+
+    `lax.cond` lowers to a branch whose first alternative is the one for False. What runs inside of
+    a fusion touches no memory.
+    """
+    bodies = hlo.computations(text)
+    waiting = [(hlo.entry(text), 1)]
+    while waiting:
+        name, times = waiting.pop()
+        body = list(hlo.instructions(bodies[name]))
+        yield times, body
+        for _, _, opcode, line in body:
+            if opcode == "while":
+                called = re.search(r"body=%?([\w.-]+)", line)
+                waiting.append((called[1], times * hlo.trip_count(line, bodies)))
+            elif opcode == "conditional":
+                called = re.search(
+                    r"(?:branch_computations=\{|false_computation=)%?([\w.-]+)", line
+                )
+                waiting.append((called[1], times))
+
+
+def main_memory_bytes(text: str) -> int:
+    """Bytes that a program reads from and writes to main memory off a refresh.
+
+    The operands and results of all that runs, loops as often as they do. A TPU's compiler copies
+    some arrays to memory on the chip ahead of their use; such a copy counts on its side of main
+    memory alone, while XLA's own "bytes accessed" has all three accesses.
+    """
+    total = 0
+    for times, body in running(text):
+        held: dict[str, int] = {}
+        for name, type_, opcode, line in body:
+            arrays = ARRAY.findall(type_)
+            made = arrays[:1] if opcode == "copy-start" else arrays  # (destination, source, ...)
+            in_main_memory = [array for array in made if not ON_CHIP.search(array)]
+            held[name] = sum(map(hlo.size_in_bytes, in_main_memory))
+            if opcode not in FREE:
+                read = set(hlo.operands(line, opcode))
+                total += times * (held[name] + sum(held.get(operand, 0) for operand in read))
+    return total
+
+
+def copies(text: str, at_least: int) -> int:
+    """How many copies of float32 arrays with at least so many bytes run off a refresh."""
+    return sum(
+        times
+        for times, body in running(text)
+        for _, type_, opcode, _ in body
+        if opcode == "copy" and type_.startswith("f32") and hlo.size_in_bytes(type_) >= at_least
+    )
+
+
+def product_flops(jaxpr: Any) -> int:
+    """FLOPs of the matrix products of a traced function, loops as often as they run."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        inner = [x for value in eqn.params.values() for x in jax.tree.leaves(value, is_leaf=_code)]
+        of_parts = [product_flops(getattr(x, "jaxpr", x)) for x in inner if _code(x)]
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            depth = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
+            total += 2 * depth * eqn.outvars[0].aval.size
+        elif eqn.primitive.name == "scan":
+            total += eqn.params["length"] * sum(of_parts)
+        elif eqn.primitive.name == "cond":
+            total += max(of_parts)
+        else:
+            total += sum(of_parts)
+    return total
+
+
+def _code(x: Any) -> bool:
+    """Whether this is a jaxpr."""
+    return hasattr(x, "eqns") or hasattr(getattr(x, "jaxpr", None), "eqns")

@@ -1,0 +1,411 @@
+"""What a step costs: AdamW, Lion, Muon, optax.contrib.sophia, Sophia-H and Sophia-G, 1M to 1.5B.
+
+    python -m benchmarks.step_cost            # what is not in the results yet
+    python -m benchmarks.step_cost --quick    # under two minutes; writes step_cost_quick.json
+
+What does not vary is read from compiled programs: memory traffic, temporaries and copies of the
+update alone, on this machine's CPU and, with the extra `tpu`, on a TPU that is not there; FLOPs and
+memory of the whole train step of `examples.lm`. What does vary is timed on the default device,
+every optimizer once a round, and given as the median over the rounds of its ratio to AdamW's.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from flax import nnx
+from jax.sharding import SingleDeviceSharding
+
+import sophia_optax
+from benchmarks import programs
+from benchmarks.provenance import RESULTS, provenance
+from examples.lm import mesh, plan
+from examples.lm.config import MODELS, MeshConfig, ModelConfig, TrainConfig
+from examples.lm.model import Transformer, parameter_count
+from examples.lm.optimizers import OPTIMIZERS
+from examples.lm.train import Trainer
+
+Row = dict[str, Any]
+
+SIZES = {
+    "1m": ModelConfig(layers=4, width=128, heads=4, context=128, vocab_size=1024),
+    "11m": ModelConfig(layers=6, width=384, heads=6, context=128, vocab_size=1024),
+    **{name: MODELS[name] for name in ("gpt2-124m", "gpt2-355m", "gpt2-1.5b")},
+}
+NAMES = ("adamw", "lion", "muon", "contrib_sophia", "sophia_h", "sophia_g")
+SOPHIAS = ("contrib_sophia", "sophia_h", "sophia_g")
+TPU = "v5p:2x2x1"  # a chip of it holds params, two moments and gradients of 1.5B params
+BATCH, SHARE, INTERVAL = 16, 16, 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Scope:
+    """How much is measured.
+
+    Attributes:
+      compiled: sizes whose update is compiled.
+      counted: sizes whose train step's FLOPs are counted.
+      stepped: sizes whose train step is compiled.
+      timed_updates: sizes whose update is timed.
+      timed_steps: sizes whose train step is timed.
+      growth: the size at which probes, batch share and interval vary.
+      shares: parts of the batch that an estimate sees, as 1 / these.
+      probes: of Sophia-H.
+      rounds: of the timings.
+      file: of the results.
+    """
+
+    compiled: tuple[str, ...] = tuple(SIZES)
+    counted: tuple[str, ...] = tuple(SIZES)
+    stepped: tuple[str, ...] = ("1m", "11m", "gpt2-124m")
+    timed_updates: tuple[str, ...] = ("1m", "11m")
+    timed_steps: tuple[str, ...] = ("1m",)
+    growth: str = "11m"
+    shares: tuple[int, ...] = (1, 2, 4, 8, 16)
+    probes: tuple[int, ...] = (1, 2, 4)
+    rounds: int = 5
+    file: str = "step_cost"
+
+
+QUICK = Scope(
+    compiled=("1m",), counted=("1m",), stepped=("1m",), timed_updates=("1m",), timed_steps=(),
+    growth="1m", shares=(1, 16), probes=(1, 2), rounds=3, file="step_cost_quick",
+)  # fmt: skip
+
+
+def config(size: str, optimizer: str, share: int = SHARE, **fields: Any) -> TrainConfig:
+    """A train step on one device."""
+    return TrainConfig(
+        model=size,
+        optimizer=optimizer,
+        batch_size=BATCH,
+        curvature_batch=BATCH // share,
+        update_interval=INTERVAL,
+        mesh=MeshConfig(1, 1, 1),
+        **fields,
+    )
+
+
+def shapes(size: str) -> Any:
+    """The params of a model, as shapes."""
+    return jax.eval_shape(lambda: nnx.state(Transformer(SIZES[size], nnx.Rngs(0)), nnx.Param))
+
+
+def cheap_loss(params: Any) -> jax.Array:
+    """A loss whose curvature costs next to nothing, so that what is left is the optimizer's."""
+    return sum(jnp.sum(jnp.cos(x)) for x in jax.tree.leaves(params))
+
+
+def update_arguments(optimizer: str) -> dict[str, Any]:
+    """What an update off a refresh is given. optax.contrib.sophia cannot leave out the branch."""
+    if optimizer == "contrib_sophia":
+        return {"obj_fn": lambda params: cheap_loss}
+    return {"refresh": False} if optimizer in SOPHIAS else {}
+
+
+# --- what does not vary ---------------------------------------------------------------------------
+
+
+def update_cost(size: str, optimizer: str, platform: str) -> Row:
+    """The update alone, off a refresh, gradient clipping left out, over the params' bytes."""
+    tx = transformation(size, optimizer)
+    params = shapes(size)
+    device = plan.pod(TPU)[0][0] if platform == "tpu" else jax.devices("cpu")[0]
+    program = programs.donated_update(
+        tx, params, SingleDeviceSharding(device), **update_arguments(optimizer)
+    )
+    text = program.as_text()
+    count = parameter_count(SIZES[size])
+    largest = max(leaf.size for leaf in jax.tree.leaves(params))
+    return {
+        "params": count,
+        "passes": programs.main_memory_bytes(text) / (4 * count),
+        "passes_by_xla": program.cost_analysis()["bytes accessed"] / (4 * count),
+        "temporaries": program.memory_analysis().temp_size_in_bytes / (4 * count),
+        "copies": programs.copies(text, largest),
+    }
+
+
+def transformation(size: str, optimizer: str) -> Any:
+    """The optimizer without the clipping of gradients, which all of them share."""
+    row, run = OPTIMIZERS[optimizer], config(size, optimizer)
+    h = dataclasses.replace(row.large, update_interval=run.update_interval)
+    return row.build(h, lambda count: h.learning_rate)
+
+
+def step_flops(size: str, optimizer: str, share: int = SHARE) -> Row:
+    """FLOPs of a train step, without and with a refresh and on average."""
+    run = config(size, optimizer, share)
+    plain = refresh = flops(config(size, "adamw"))
+    if optimizer == "muon":  # its iteration is a loop, which XLA counts once
+        plain = refresh = plain + muon_flops(size)
+    elif optimizer in SOPHIAS:
+        plain, refresh = flops(config(size, "sophia_g"), refresh=False), flops(run)
+    elif optimizer == "lion":
+        plain = refresh = flops(run)
+    return {
+        "flops_step": plain,
+        "flops_refresh_step": refresh,
+        "flops_average": plain + (refresh - plain) / INTERVAL,
+    }
+
+
+flops = functools.cache(plan.flops)
+
+
+def muon_flops(size: str) -> int:
+    """Of the products that make a step orthogonal."""
+    tx, params = transformation(size, "muon"), shapes(size)
+    state = jax.eval_shape(tx.init, params)
+    return programs.product_flops(jax.make_jaxpr(tx.update)(params, state, params).jaxpr)
+
+
+def compiled_step(run: TrainConfig) -> Row:
+    """Memory of a train step, compiled for this machine's CPU."""
+    device_mesh = mesh.make_mesh(run.mesh, jax.devices("cpu")[:1])
+    memory = plan.lowered_step(run, device_mesh)[1].compile().memory_analysis()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return {
+        "temp_bytes": memory.temp_size_in_bytes,
+        "peak_bytes": held - memory.alias_size_in_bytes + memory.temp_size_in_bytes,
+    }
+
+
+def probes_cost(size: str, probes: int) -> Row:
+    """A refresh of Sophia-H from several probes: FLOPs at once, memory one after another."""
+
+    def row(chunk: int) -> Any:
+        def extra_args(forward: Any, params: Any, batch: Any) -> dict[str, Any]:
+            loss = functools.partial(lambda b, p: forward.loss(p, b), batch)
+            hessian_fn = sophia_optax.hutchinson(loss, params, num_probes=probes, probe_chunk=chunk)
+            return {"hessian_fn": hessian_fn}
+
+        return dataclasses.replace(OPTIMIZERS["sophia_h"], extra_args=extra_args)
+
+    run = config(size, "probed")
+    OPTIMIZERS["probed"] = row(chunk=probes)  # a loop over chunks would be counted once
+    found = {"flops_refresh_step": plan.flops(run)}
+    OPTIMIZERS["probed"] = row(chunk=1)
+    found |= compiled_step(run)
+    del OPTIMIZERS["probed"]
+    return found
+
+
+# --- what varies ----------------------------------------------------------------------------------
+
+
+def rounds_of(steps: dict[str, Callable[[int], float]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of an average step of each optimizer in each round, after one round to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(rounds + 1):
+        for name, measure in steps.items():
+            taken = measure(turn)
+            if turn:
+                seconds[name].append(taken)
+    return seconds
+
+
+def timed_update(size: str, optimizer: str) -> Callable[[int], float]:
+    """Times an update off a refresh: the fastest of nine, so that no refresh is among them."""
+    tx = transformation(size, optimizer)
+    arguments = update_arguments(optimizer)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def update(params: Any, state: Any, grads: Any) -> Any:
+        extra = {name: x(params) if callable(x) else x for name, x in arguments.items()}
+        updates, state = tx.update(grads, state, params, **extra)
+        return jax.tree.map(jnp.add, params, updates), state
+
+    params = jax.jit(lambda: nnx.state(Transformer(SIZES[size], nnx.Rngs(0)), nnx.Param))()
+    grads = jax.tree.map(lambda x: 1e-3 * x, params)
+    held = [params, tx.init(params)]
+
+    def measure(turn: int) -> float:
+        seconds = []
+        for _ in range(INTERVAL):
+            start = time.perf_counter()
+            held[:] = jax.block_until_ready(update(*held, grads))
+            seconds.append(time.perf_counter() - start)
+        return min(seconds)
+
+    return measure
+
+
+def timed_step(size: str, optimizer: str) -> Callable[[int], float]:
+    """Times the train step: the mean over one interval, its refresh included."""
+    run = config(size, optimizer)
+    device_mesh = mesh.make_mesh(run.mesh, jax.devices()[:1])
+    trainer = Trainer(run, device_mesh, SIZES[size].vocab_size)
+    held = [trainer.init()]
+    shape = BATCH, SIZES[size].context + 1
+    tokens = np.random.default_rng(0).integers(0, SIZES[size].vocab_size, shape, np.int32)
+    batch = mesh.global_batch(tokens, device_mesh)
+
+    def measure(turn: int) -> float:
+        start = time.perf_counter()
+        for number in range(INTERVAL):
+            held[0], _ = trainer.step(held[0], batch, turn * INTERVAL + number)
+        jax.block_until_ready(held[0])
+        return (time.perf_counter() - start) / INTERVAL
+
+    return measure
+
+
+def timed(size: str, make: Callable[[str, str], Any], rounds: int) -> dict[str, Row]:
+    """Each optimizer's seconds, and the median of their ratio to AdamW's in the same round."""
+    seconds = rounds_of({name: make(size, name) for name in NAMES}, rounds)
+    return {
+        name: {
+            "seconds": list_,
+            "over_adamw": statistics.median(
+                a / b for a, b in zip(list_, seconds["adamw"], strict=True)
+            ),
+        }
+        for name, list_ in seconds.items()
+    }
+
+
+# --- the table of all of it -----------------------------------------------------------------------
+
+
+def jobs(scope: Scope) -> Iterator[tuple[str, Callable[[], Row]]]:
+    """The name of each measurement and how to make it."""
+    platforms = ["cpu", *(["tpu"] if importlib.util.find_spec("libtpu") else [])]
+    for size in scope.counted:
+        for name in NAMES:
+            yield f"flops/{size}/{name}", functools.partial(step_flops, size, name)
+    for size in scope.compiled:
+        for platform in platforms:
+            for name in NAMES:
+                yield (
+                    f"update/{platform}/{size}/{name}",
+                    functools.partial(update_cost, size, name, platform),
+                )
+    for size in scope.stepped:
+        for name in NAMES:
+            yield f"memory/{size}/{name}", functools.partial(compiled_step, config(size, name))
+    for share in scope.shares:
+        for name in ("sophia_h", "sophia_g"):
+            key = f"share/{scope.growth}/{share}/{name}"
+            yield key, functools.partial(step_flops, scope.growth, name, share)
+    for probes in scope.probes:
+        yield (
+            f"probes/{scope.growth}/{probes}",
+            functools.partial(probes_cost, scope.growth, probes),
+        )
+    device = jax.devices()[0].device_kind
+    for size in scope.timed_updates:
+        make = functools.partial(timed, size, timed_update, scope.rounds)
+        yield f"seconds/update/{device}/{size}", make
+    for size in scope.timed_steps:
+        make = functools.partial(timed, size, timed_step, scope.rounds)
+        yield f"seconds/step/{device}/{size}", make
+
+
+def summary(runs: dict[str, Row]) -> dict[str, Any]:
+    """Everything as a ratio to AdamW, and how the average step grows with k."""
+    out: dict[str, Any] = {}
+    for key, row in runs.items():
+        kind, *middle, name = key.split("/")
+        if kind in ("flops", "update", "memory"):
+            adamw = runs.get("/".join([kind, *middle, "adamw"]), row)
+            fields = ("flops_average", "passes", "passes_by_xla", "temp_bytes", "peak_bytes")
+            out[key] = {f: round(row[f] / adamw[f], 4) for f in fields if f in row}
+        elif kind == "share":
+            out[key] = round(row["flops_average"] / row["flops_step"], 4)
+        elif kind == "probes":
+            one = runs["/".join([kind, *middle, "1"])]
+            out[key] = {f: round(row[f] / one[f], 4) for f in row}
+        elif kind == "seconds":
+            out[key] = {n: round(r["over_adamw"], 3) for n, r in row.items()}
+    for name in SOPHIAS:
+        row = next(
+            (r for k, r in runs.items() if k.startswith("flops/") and k.endswith(name)), None
+        )
+        if row:
+            extra = row["flops_refresh_step"] / row["flops_step"] - 1
+            out[f"interval/{name}"] = {k: round(1 + extra / k, 4) for k in (1, 2, 5, 10, 20, 50)}
+    return out
+
+
+def plot(runs: dict[str, Row], scope: Scope, path: Path) -> None:
+    """FLOPs and traffic by size, memory, and time, each over AdamW's."""
+    figure, grid = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
+    sizes = {size: parameter_count(SIZES[size]) for size in SIZES}
+    over = summary(runs)
+
+    def lines(axes: Any, prefix: str, field: str, title: str) -> None:
+        for index, name in enumerate(NAMES):
+            found = [(n, over.get(f"{prefix}/{s}/{name}")) for s, n in sizes.items()]
+            points = [(n, row[field]) for n, row in found if row]
+            if points:
+                axes.plot(*zip(*points, strict=True), f"C{index}o-", ms=4, label=name)
+        axes.set(xscale="log", xlabel="params", title=title)
+        axes.grid(alpha=0.25)
+
+    lines(grid[0, 0], "flops", "flops_average", f"FLOPs of an average train step, k = {INTERVAL}")
+    platform = "tpu" if any(key.startswith("update/tpu") for key in runs) else "cpu"
+    where = f"TPU {TPU.partition(':')[0]}" if platform == "tpu" else "CPU"
+    title = f"memory traffic of an update off a refresh, {where}"
+    lines(grid[0, 1], f"update/{platform}", "passes", title)
+    grid[0, 1].axhline(6 / 7, color="gray", ls=":", label="6 / 7")
+    lines(grid[1, 0], "memory", "peak_bytes", "peak memory of a train step, CPU")
+    grid[1, 0].axhline(1.02, color="gray", ls=":", label="1.02")
+    timings = {key: row for key, row in over.items() if key.startswith("seconds/")}
+    for index, name in enumerate(NAMES):
+        places = [i + 0.13 * (index - 2.5) for i in range(len(timings))]
+        heights = [row[name] for row in timings.values()]
+        grid[1, 1].bar(places, heights, 0.13, color=f"C{index}", label=name)
+    labels = [" ".join(key.split("/")[1::2]) for key in timings]
+    grid[1, 1].set_xticks(range(len(timings)), labels)
+    grid[1, 1].set(title=f"time, {jax.devices()[0].device_kind}, median of {scope.rounds} rounds")
+    grid[1, 1].grid(alpha=0.25, axis="y")
+    for axes in grid.flat:
+        axes.axhline(1, color="gray", lw=0.8)
+        axes.legend(fontsize=8)
+    figure.suptitle("over AdamW, curvature on 1/16 of the batch (contrib_sophia: on all of it)")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Measures what is missing and writes the results."""
+    quick = "--quick" in sys.argv[1:]
+    scope = QUICK if quick else Scope()
+    MODELS.update(SIZES)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{scope.file}.json"
+    runs = json.loads(path.read_text())["runs"] if path.exists() and not quick else {}
+    for key, measure in jobs(scope):
+        if key in runs:
+            continue
+        print(key, flush=True)
+        runs[key] = measure()
+        result = provenance("benchmarks.step_cost")
+        if importlib.util.find_spec("libtpu"):
+            result["versions"]["libtpu"] = version("libtpu")
+        result["settings"] = {
+            "batch": BATCH, "curvature_share": SHARE, "update_interval": INTERVAL, "tpu": TPU,
+            "sizes": {name: dataclasses.asdict(SIZES[name]) for name in scope.counted},
+        }  # fmt: skip
+        path.write_text(json.dumps(result | {"over_adamw": summary(runs), "runs": runs}, indent=1))
+    plot(runs, scope, path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
