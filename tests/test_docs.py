@@ -1,10 +1,14 @@
 """The documentation keeps its word: its code runs, and every public name has its place in it."""
 
 import ast
+import json
+import math
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +17,12 @@ from tests.pages import ROOT
 
 PACKAGE = ROOT / "sophia_optax"
 API = (ROOT / "docs/api.md").read_text()
+BENCHMARKS = (ROOT / "docs/benchmarks.md").read_text()
+RESULTS = sorted(
+    [*ROOT.glob("benchmarks/results/*.json"), *ROOT.glob("benchmarks/results/*.jsonl")]
+)
+# Shares in percent, and units with a prefix, the binary ones too.
+SCALES = (1, 1e2, 1e3, 1e-3, 1e-6, 1e-9, 1e-12, 2**-10, 2**-20, 2**-30)
 NAVIGATION = re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
 
 
@@ -57,6 +67,31 @@ def test_every_block_has_a_language_and_no_python_hides_under_another(page: Path
         "yaml",
         "bibtex",
     }
+
+
+def numbers(node: Any) -> Iterator[float]:
+    """All numbers in what a JSON file holds."""
+    if isinstance(node, dict | list):
+        for child in node.values() if isinstance(node, dict) else node:
+            yield from numbers(child)
+    elif isinstance(node, int | float) and not isinstance(node, bool):
+        yield float(node)
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
+def test_results_have_a_section_whose_tables_show_roundings_of_their_numbers(path: Path) -> None:
+    name = f"benchmarks/results/{path.name}"
+    sections = [section for section in BENCHMARKS.split("\n## ") if name in section]
+    assert sections, f"docs/benchmarks.md does not mention {name}"
+    lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+    known = [number for line in lines for number in numbers(json.loads(line))]
+    rows = [row for section in sections for row in section.splitlines() if row.startswith("|")]
+    for cell in (cell for row in rows[2:] for cell in row.split("|")[2:]):
+        for text in re.findall(r"\d[\d,]*\.?\d*(?:e-?\d+)?", re.sub(r"`[^`]*`", "", cell)):
+            number = float(text.replace(",", "").rstrip("."))
+            digits = len(text.partition(".")[2])
+            roundings = (round(value * scale, digits) for value in known for scale in SCALES)
+            assert any(math.isclose(number, other) for other in roundings), f"{cell}: {text}"
 
 
 @pytest.mark.parametrize("page", [pages.README, *pages.DOCS], ids=lambda page: page.name)

@@ -89,7 +89,7 @@ def test_extras_are_those_that_the_readme_and_contributors_use() -> None:
     assert "sophia_optax[examples]" in extras["test"]
 
 
-@pytest.mark.parametrize("folder", ["examples", "tests"])
+@pytest.mark.parametrize("folder", ["examples", "benchmarks", "tests"])
 def test_what_is_imported_is_declared(folder: str) -> None:
     extras = PROJECT["optional-dependencies"]
     requirements = PROJECT["dependencies"] + extras["examples"]
@@ -97,7 +97,7 @@ def test_what_is_imported_is_declared(folder: str) -> None:
         requirements += extras["test"]
     declared = {re.match(r"[\w-]+", requirement)[0] for requirement in requirements}
     declared = {{"orbax-checkpoint": "orbax"}.get(name, name) for name in declared}
-    ours = {"sophia_optax", "examples", "tests"}
+    ours = {"sophia_optax", "benchmarks", "examples", "tests"}
     for path in (ROOT / folder).rglob("*.py"):
         found = {name.split(".")[0] for name in imports(path)}
         assert found <= declared | ours | set(sys.stdlib_module_names), path
