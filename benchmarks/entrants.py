@@ -5,7 +5,6 @@ neighbours of the best point so far, one hyperparameter at a time, until its tri
 optimum at the edge of the grid moves the grid, and every optimizer has the same number of tries.
 """
 
-import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -14,14 +13,12 @@ from typing import Any
 import jax
 import optax
 
-import sophia_optax
 from examples.lm.config import Hyperparameters
 from examples.lm.optimizers import (
     OPTIMIZERS,
     Optimizer,
     gauss_newton,
     hutchinson,
-    is_matrix,
     muon_dimensions,
     no_curvature,
 )
@@ -43,15 +40,13 @@ Point = dict[str, float]
 
 @dataclass(frozen=True)
 class RaceHyperparameters(Hyperparameters):
-    """Those of the trainer, and two that only some entrants have.
+    """Those of the trainer, and one that only some entrants have.
 
     Attributes:
       matrix_learning_rate: the peak of Muon's schedule; `learning_rate` is that of the rest.
-      win_rate: the share of coordinates to leave unclipped, from which gamma follows.
     """
 
     matrix_learning_rate: float | None = None
-    win_rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -96,21 +91,7 @@ def muon_beside(build_rest: Rest) -> Rest:
     return build
 
 
-def sophia(make: Callable[..., Any], h: Any, schedule: optax.Schedule) -> Any:
-    """Sophia-G or Sophia-H, with gamma fixed or from a target for the win rate."""
-    return make(
-        schedule,
-        b1=h.b1,
-        b2=h.b2,
-        gamma=h.gamma if h.win_rate is None else sophia_optax.win_rate_target(h.win_rate),
-        update_interval=h.update_interval,
-        weight_decay=h.weight_decay,
-        mask=is_matrix,
-    )
-
-
-sophia_g = functools.partial(sophia, sophia_optax.sophia_g)
-sophia_h = functools.partial(sophia, sophia_optax.sophia_h)
+sophia_g, sophia_h = OPTIMIZERS["sophia_g"].build, OPTIMIZERS["sophia_h"].build
 
 
 def _row(build: Rest, extra_args: Any, **start: float) -> Optimizer:

@@ -268,7 +268,7 @@ def test_the_metrics_file_is_one_json_object_a_line(finished):
     assert [r["step"] for r in training] == list(range(12))
     for record in training:
         assert set(record) == {
-            *("run", "step", "loss", "grad_norm", "learning_rate", "win_rate"),
+            *("run", "step", "loss", "grad_norm", "learning_rate", "win_rate", "gamma"),
             "tokens_per_second",
         }
     assert set(validation) == {"run", "step", "val_loss"}

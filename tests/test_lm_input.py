@@ -30,6 +30,8 @@ BAD = {
     "learning rate that is no number": ("--learning-rate nan", "--learning-rate is nan"),
     "average that forgets nothing": ("--b1 1", "--b1 is 1"),
     "no curvature scale": ("--gamma 0", "--gamma is 0"),
+    "a win rate of all": ("--win-rate 1", "--win-rate is 1"),
+    "gamma twice": ("--gamma 0.1 --win-rate 0.3", "--gamma and --win-rate"),
     "negative weight decay": ("--weight-decay -0.1", "--weight-decay is -0.1"),
     "warm-up beyond the run": ("--warmup 2", "--warmup is 2"),
     "no curvature interval": ("--update-interval 0", "--update-interval is 0"),

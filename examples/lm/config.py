@@ -83,6 +83,7 @@ class Hyperparameters:
       b1: decay of the gradient's average.
       b2: decay of the second moment's, or of the curvature's, average.
       gamma: Sophia's scale of the curvature. Raise it when the win rate is below 0.1.
+      win_rate: the share of coordinates to leave unclipped; gamma then follows from it.
       weight_decay: decoupled, on matrices alone.
       warmup: the share of the run in which the rate rises from 0 to its peak.
       update_interval: steps from one curvature estimate to the next.
@@ -93,6 +94,7 @@ class Hyperparameters:
     b1: float | None = None
     b2: float | None = None
     gamma: float | None = None
+    win_rate: float | None = None
     weight_decay: float | None = None
     warmup: float | None = None
     update_interval: int = 10
@@ -201,6 +203,7 @@ RANGES: dict[str, tuple[float, bool, float]] = {
     "weight_decay": (0, True, math.inf),
     "b1": (0, True, 1),
     "b2": (0, True, 1),
+    "win_rate": (0, False, 1),
     "warmup": (0, True, 1),
 }
 

@@ -10,7 +10,7 @@ import jax
 import optax
 
 import sophia_optax
-from examples.lm.config import Hyperparameters, TrainConfig, lookup
+from examples.lm.config import Hyperparameters, TrainConfig, UsageError, lookup
 
 Params = Any
 Batch = jax.Array
@@ -81,7 +81,7 @@ def sophia(
         schedule,
         b1=h.b1,
         b2=h.b2,
-        gamma=h.gamma,
+        gamma=h.gamma if h.win_rate is None else sophia_optax.win_rate_target(h.win_rate),
         update_interval=h.update_interval,
         weight_decay=h.weight_decay,
         mask=is_matrix,
@@ -209,6 +209,10 @@ def hyperparameters(config: TrainConfig) -> Hyperparameters:
     defaults = row.large if config.model.startswith("gpt2") else row.tiny
     fields = [f.name for f in dataclasses.fields(Hyperparameters)]
     given = {name: getattr(config, name) for name in fields if getattr(config, name) is not None}
+    if "win_rate" in given:
+        if "gamma" in given:
+            raise UsageError("--gamma and --win-rate set the same thing. Give one of them.")
+        given["gamma"] = None
     return dataclasses.replace(defaults, **given)
 
 

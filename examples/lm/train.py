@@ -146,7 +146,8 @@ class Trainer:
             "learning_rate": self.schedule(state.step),
         }
         if self.is_sophia:
-            metrics["win_rate"] = sophia_optax.diagnostics(opt_state).win_rate
+            found = sophia_optax.diagnostics(opt_state)
+            metrics |= {"win_rate": found.win_rate, "gamma": found.gamma}
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state), metrics
 
