@@ -121,15 +121,19 @@ def write_summary(
     corpus: data.Corpus,
     folder: Path,
 ) -> None:
-    """Leaves loss.png and summary.json, and prints the table."""
+    """Leaves the pictures and summary.json, and prints the table."""
     bigram_loss = data.bigram_loss(corpus, corpus.validation)
     summaries = {name: report.summary(result) for name, result in results.items()}
-    plot.losses(report.read_metrics(folder / "metrics.jsonl"), folder / "loss.png", bigram_loss)
+    metrics = report.read_metrics(folder / "metrics.jsonl")
+    plot.losses(metrics, folder / "loss.png", bigram_loss)
+    plot.curvature(metrics, folder)
     report.write_json(
         folder / "summary.json",
         {
             "config": dataclasses.asdict(config),
             "hyperparameters": {n: dataclasses.asdict(hyperparameters(c)) for n, c in runs.items()},
+            "device": {"kind": jax.devices()[0].device_kind, "count": jax.device_count()},
+            "context": MODELS[config.model].context,
             "bigram_loss": bigram_loss,
             "runs": summaries,
         },

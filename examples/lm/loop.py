@@ -24,6 +24,7 @@ class Result:
       refreshed: whether each of those steps estimated the curvature.
       validation_loss: after the last step, nats a token.
       steps: how many steps the state has behind it.
+      peak_bytes: the most memory that this process's first device has held, where it counts.
     """
 
     records: list[dict[str, float]]
@@ -31,6 +32,7 @@ class Result:
     refreshed: list[bool]
     validation_loss: float
     steps: int = 0
+    peak_bytes: int | None = None
 
     @property
     def step_seconds(self) -> float:
@@ -172,4 +174,6 @@ def fit(
         result.steps = done
         if stopping:
             break
+    statistics = jax.local_devices()[0].memory_stats() or {}
+    result.peak_bytes = statistics.get("peak_bytes_in_use")
     return result

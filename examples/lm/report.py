@@ -96,13 +96,14 @@ def tracker(
 
 
 def summary(result: Result) -> dict[str, Any]:
-    """A run in five numbers."""
+    """A run in a few numbers."""
     return {
         "validation_loss": result.validation_loss,
         "step_seconds": result.step_seconds,
         "curvature_share": result.curvature_share,
         "win_rate": result.win_rate,
         "steps": result.steps,
+        "peak_bytes": result.peak_bytes,
     }
 
 
