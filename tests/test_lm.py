@@ -12,8 +12,9 @@ from flax import nnx
 from examples.lm import compare, data, mesh, report
 from examples.lm.__main__ import main
 from examples.lm.config import MODELS, CompareConfig, MeshConfig, ModelConfig, TrainConfig
+from examples.lm.loop import Result
 from examples.lm.model import Transformer, parameter_count
-from examples.lm.train import Result, Trainer
+from examples.lm.train import Trainer
 
 MICRO = ModelConfig(layers=2, width=16, heads=4, context=16, vocab_size=256, init_scale=0.1)
 
@@ -205,7 +206,8 @@ def test_params_and_optimizer_state_are_born_in_shards():
 
 def test_a_comparison_leaves_plot_metrics_and_summary_and_prints_the_table(comparison):
     folder, _, (table,) = comparison
-    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("loss", "win_rate", "gamma"):
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((folder / "summary.json").read_text())
     assert list(summary["runs"]) == ["adamw", "sophia_g", "sophia_h"]
     assert 2 < summary["bigram_loss"] < 3

@@ -8,6 +8,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from sophia_optax import plotting
+
 Records = list[dict[str, float]]
 
 
@@ -40,6 +42,14 @@ def losses(runs: dict[str, Records], path: Path, reference: float | None = None)
     axes.legend()
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def curvature(runs: dict[str, Records], folder: Path) -> None:
+    """Draws win_rate.png and gamma.png, if a run has them."""
+    for draw in (plotting.win_rate, plotting.gamma):
+        name = draw.__name__
+        if any(name in record for records in runs.values() for record in records):
+            draw(runs).savefig(folder / f"{name}.png", dpi=150)
 
 
 def smoothed(values: np.ndarray, width: int = 5) -> np.ndarray:
