@@ -9,14 +9,17 @@ learning rate, on other seeds, and judged on the `validation` split. Runs are ap
 stopped and continued; `results/lm_race.json` holds the tables and `lm_race.png` the plot.
 """
 
+import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
-from benchmarks.entrants import ENTRANTS, search
+from benchmarks import race_table
+from benchmarks.entrants import ENTRANTS, LADDERS, search
 from benchmarks.journal import Journal, Runs
-from benchmarks.provenance import RESULTS
+from benchmarks.provenance import RESULTS, provenance
 from benchmarks.runner import Runner, Setting
 from examples.lm import data
 
@@ -92,13 +95,45 @@ def enter(
             runs(found["point"], budget, seed, "validation")
 
 
+def average_flops(regime: str, name: str) -> float:
+    """XLA's count for an average step of an entrant."""
+    setting, entrant = REGIMES[regime].setting, ENTRANTS[name]
+    anything = {hyperparameter: values[0] for hyperparameter, values in entrant.grid.items()}
+    count = Runner(entrant.row, setting).flops(**anything)
+    if not entrant.row.whole_batch:
+        return count
+    # This one branches on the device, and XLA counts a branch as if it were always taken.
+    plain = average_flops(regime, "adamw")
+    return plain + (count - plain) / setting.update_interval
+
+
 def race(config: RaceConfig) -> None:
-    """Runs what is missing."""
+    """Runs what is missing and writes the tables and the plot."""
     journal = Journal(None if config.quick else config.runs)
     corpus = data.load("stdlib")
     for regime in config.regimes:
         for name in config.entrants:
             enter(config, journal, corpus, regime, name)
+    if config.quick or config.tune_only:
+        return
+    flops = {
+        (regime, name): average_flops(regime, name)
+        for regime in config.regimes
+        for name in config.entrants
+    }
+    chosen = [row for row in journal.rows if row["key"]["entrant"] in config.entrants]
+    summary = race_table.summarize(chosen, flops)
+    settings = {name: dataclasses.asdict(REGIMES[name]) for name in config.regimes}
+    ladders = {name: entrant.grid for name, entrant in ENTRANTS.items()}
+    result = {
+        **provenance("benchmarks.lm_race"),
+        "regimes": settings,
+        "grids": ladders,
+        "ladders": LADDERS,
+        "results": summary,
+    }
+    (RESULTS / "lm_race.json").write_text(json.dumps(result, indent=2) + "\n")
+    race_table.plot(summary, RESULTS / "lm_race.png")
 
 
 if __name__ == "__main__":

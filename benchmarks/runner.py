@@ -139,6 +139,24 @@ class Runner:
             metrics |= {"win_rate": found.win_rate, "gamma": found.gamma}
         return (optax.apply_updates(params, updates), opt_state), metrics
 
+    def flops(self, **hyperparameters: Any) -> float:
+        """XLA's count for an average step; it does not depend on the hyperparameters' values."""
+        shape = self.setting.batch_size, self.model.context + 1
+        batch = jax.ShapeDtypeStruct(shape, jnp.int32)
+        state = jax.eval_shape(self.new_state, 0)
+        traced = self.traced(1, **hyperparameters)
+        plain, refresh = (
+            self.step.lower(state, batch, traced, refresh=r).cost_analysis()["flops"]
+            for r in (False, True)
+        )
+        return plain + (refresh - plain) / self.setting.update_interval
+
+    def traced(self, steps: int, **hyperparameters: Any) -> dict[str, jax.Array]:
+        """The step's last argument: the row's hyperparameters but for those given."""
+        h = replace(self.row.tiny, **hyperparameters)
+        values = {n: getattr(h, n, None) for n in TRACED} | {"steps": steps}
+        return {n: jnp.float32(v) for n, v in values.items() if v is not None}
+
     def run(
         self,
         corpus: data.Corpus,
@@ -159,9 +177,7 @@ class Runner:
         Returns:
           The run's losses.
         """
-        h = replace(self.row.tiny, **hyperparameters)
-        traced = {n: jnp.float32(getattr(h, n)) for n in TRACED if getattr(h, n, None) is not None}
-        traced["steps"] = jnp.float32(steps)
+        traced = self.traced(steps, **hyperparameters)
         state = self.init(seed)
         batches = data.batches(corpus.train, self.model.context, self.setting.batch_size, seed)
         warm = next(batches)  # compile outside of the clock; donated, so on a copy

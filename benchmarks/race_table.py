@@ -1,0 +1,129 @@
+"""What the race's runs say: losses by budget, and the steps that each entrant takes to AdamW's."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+Row = dict[str, Any]
+
+
+def steps_to(target: float, budgets: np.ndarray, losses: np.ndarray) -> float | None:
+    """Steps at which a run with a full decay would reach a loss; None if no budget did.
+
+    Args:
+      target: the loss to reach.
+      budgets: steps of the runs, ascending.
+      losses: what each ended at.
+
+    Returns:
+      Interpolated between budgets in the logarithm of the steps; the least budget where even that
+      reached it.
+    """
+    lowest = np.minimum.accumulate(losses)
+    if lowest[-1] > target:
+        return None
+    if lowest[0] <= target:
+        return float(budgets[0])
+    return float(np.exp(np.interp(-target, -lowest, np.log(budgets))))
+
+
+def losses_by_seed(rows: list[Row]) -> tuple[np.ndarray, np.ndarray]:
+    """Budgets, ascending, and the losses of each seed at them, `[seed, budget]`."""
+    budgets = sorted({row["key"]["steps"] for row in rows})
+    seeds = sorted({row["key"]["seed"] for row in rows})
+    table = {(row["key"]["seed"], row["key"]["steps"]): row["loss"] for row in rows}
+    return np.array(budgets), np.array([[table[s, b] for b in budgets] for s in seeds])
+
+
+def advantage(rows: list[Row], adamw: list[Row], budget: int) -> dict[str, Any]:
+    """How many times fewer steps an entrant takes to AdamW's mean loss at a budget."""
+    budgets, losses = losses_by_seed(adamw)
+    target = float(losses[:, list(budgets).index(budget)].mean())
+    budgets, losses = losses_by_seed(rows)
+    steps = [steps_to(target, budgets, seed) for seed in losses]
+    ratios = [None if s is None else budget / s for s in steps]
+    mean = steps_to(target, budgets, losses.mean(axis=0))
+    return {
+        "adamw_loss": target,
+        "ratio": None if mean is None else budget / mean,
+        "ratio_by_seed": ratios,
+    }
+
+
+def summarize(rows: list[Row], flops: dict[tuple[str, str], float]) -> dict[str, Any]:
+    """The tables, by regime and entrant.
+
+    Args:
+      rows: the journal's.
+      flops: of an average step, by regime and entrant.
+
+    Returns:
+      For each regime and entrant: the tuned point, the losses by budget, the mean and the spread
+      over seeds, the advantage over AdamW in steps, and that in FLOPs.
+    """
+    out: dict[str, Any] = {}
+    raced = [row for row in rows if row["key"]["split"] == "validation"]
+    for regime in dict.fromkeys(row["key"]["regime"] for row in raced):
+        own = [row for row in raced if row["key"]["regime"] == regime]
+        adamw = [row for row in own if row["key"]["entrant"] == "adamw"]
+        names = list(dict.fromkeys(row["key"]["entrant"] for row in own))
+        tuning = [row for row in rows if row["key"]["regime"] == regime]
+        out[regime] = {}
+        for name in names:
+            mine = [row for row in own if row["key"]["entrant"] == name]
+            tried = [r for r in tuning if r["key"]["entrant"] == name and r not in mine]
+            budgets, losses = losses_by_seed(mine)
+            relative = flops[regime, name] / flops[regime, "adamw"]
+            advantages = {}
+            for budget in budgets[1:]:
+                advantages[str(budget)] = advantage(mine, adamw, int(budget))
+                ratio = advantages[str(budget)]["ratio"]
+                advantages[str(budget)]["ratio_flops"] = ratio and ratio / relative
+            best = min(tried, key=lambda row: row["loss"])
+            fixed = ("regime", "entrant", "steps", "seed", "split")
+            out[regime][name] = {
+                "point": {k: v for k, v in best["key"].items() if k not in fixed},
+                "tries": len(tried),
+                "tuning_loss": best["loss"],
+                "losses": {str(b): losses[:, i].tolist() for i, b in enumerate(budgets)},
+                "means": {str(b): float(losses[:, i].mean()) for i, b in enumerate(budgets)},
+                "flops_over_adamw": relative,
+                "win_rate": _mean_win_rate(mine),
+                "steps_adamw_over_steps": advantages,
+            }
+    return out
+
+
+def _mean_win_rate(rows: list[Row]) -> float | None:
+    rates = [np.mean(row["win_rates"]) for row in rows if row["win_rates"]]
+    return float(np.mean(rates)) if rates else None
+
+
+def plot(summary: dict[str, Any], path: Path) -> None:
+    """Final losses by budget: the mean over seeds, from the least to the largest."""
+    figure, panels = plt.subplots(
+        1, len(summary), figsize=(6.5 * len(summary), 5), layout="constrained", squeeze=False
+    )
+    for axes, (regime, entrants) in zip(panels[0], summary.items(), strict=True):
+        for index, (name, row) in enumerate(entrants.items()):
+            budgets = [int(b) for b in row["losses"]]
+            losses = np.array(list(row["losses"].values()))
+            means = losses.mean(axis=1)
+            style = {"color": f"C{index}", "marker": "o", "markersize": 4}
+            axes.plot(budgets, means, label=f"{name}: {means[-1]:.3f}", **style)
+            axes.fill_between(
+                budgets, losses.min(1), losses.max(1), color=f"C{index}", alpha=0.2, linewidth=0
+            )
+        axes.set(xscale="log", xlabel="steps, each run with a full decay", title=regime)
+        axes.set_ylabel("validation loss (nats a byte)")
+        axes.set_xticks(budgets, [str(b) for b in budgets], minor=False)
+        axes.minorticks_off()
+        axes.grid(alpha=0.25)
+        axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
