@@ -1,0 +1,323 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Sophia from scratch
+#
+# [![Open Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/)
+# (upload this file there; the first cell installs what is missing)
+#
+# Sophia is momentum, divided by an estimate of the curvature, and clipped. Here it is in thirty
+# lines of JAX, checked against the library, and watched on a landscape of two parameters where
+# each of SGD, SignSGD, Adam and Newton's method has a difficulty of its own.
+#
+# The paper: [Liu, Li, Hall, Liang and Ma 2023](https://arxiv.org/abs/2305.14342).
+
+# %%
+import importlib.util
+import subprocess
+import sys
+
+PACKAGE = "sophia_optax[plotting]"  # or the path of a wheel
+if importlib.util.find_spec("sophia_optax") is None:
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", PACKAGE], check=True)
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+
+import sophia_optax
+
+# %% [markdown]
+# ## The landscape
+#
+# The paper's example, from its Section 2:
+#
+# $$L(\theta) = \underbrace{8(\theta_1 - 1)^2 (1.3\,\theta_1^2 + 2\theta_1 + 1)}_{L_1(\theta_1)}
+# + \underbrace{\tfrac12(\theta_2 - 4)^2}_{L_2(\theta_2)}$$
+#
+# It is small enough to see, and has two difficulties that a language model's loss has too:
+#
+# * **The curvature differs between the coordinates.** At the minimum, $(1, 4)$, it is about 69
+#   along $\theta_1$ and 1 along $\theta_2$.
+# * **In places it is negative.** Between $-0.37$ and $0.60$, $L_1$ bends downwards; at
+#   $\theta_1 = 0$ it has a local maximum, so $(0, 4)$ is a saddle.
+
+
+# %%
+def loss_fn(theta):
+    x, y = theta
+    return 8 * (x - 1) ** 2 * (1.3 * x**2 + 2 * x + 1) + 0.5 * (y - 4) ** 2
+
+
+for point in ([1.0, 4.0], [0.0, 4.0], [0.2, 0.0]):
+    theta = jnp.array(point)
+    curvature = jnp.diag(jax.hessian(loss_fn)(theta))
+    print(f"at {point}: loss {loss_fn(theta):5.2f}, curvature along each axis {curvature}")
+
+# %% [markdown]
+# ## The algorithm
+#
+# With $t$ counting from 0:
+#
+# $$\begin{aligned}
+# m_t &= \beta_1 m_{t-1} + (1 - \beta_1)\, g_t \\
+# h_t &= \beta_2 h_{t-1} + (1 - \beta_2)\, \hat h(\theta_t)
+#        \quad\text{every } k \text{ steps, else } h_{t-1} \\
+# u_t &= \operatorname{clip}\!\left(
+#        \frac{m_t}{\max(\gamma\, \bar h_t,\ \epsilon)},\ \pm\rho\right) \\
+# \theta_{t+1} &= \theta_t - \eta\,(u_t + \lambda\, \theta_t)
+# \end{aligned}$$
+#
+# $\bar h = h / (1 - \beta_2^n)$ makes up for $h$ having started at zero, $n$ refreshes ago. (The
+# paper leaves that out, and so does `bias_correction=False`.)
+#
+# $\hat h$ is an estimate of the Hessian's diagonal. Hutchinson's takes random signs $u$ and returns
+# $u \odot (\nabla^2 L\, u)$. Its mean is the diagonal, and the product with $u$ costs a few
+# gradients: no Hessian is ever formed.
+
+
+# %%
+def hutchinson(loss_fn, params, key):
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+    signs = [jax.random.rademacher(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+    u = structure.unflatten(signs)
+    _, hessian_times_u = jax.jvp(jax.grad(loss_fn), (params,), (u,))
+    return jax.tree.map(jnp.multiply, u, hessian_times_u)
+
+
+def sophia(loss_fn, params, steps, lr, b1, b2, gamma, k=10, rho=1.0, eps=1e-12, decay=1e-4):
+    """Returns the params after every step, the first ones included."""
+    grad_fn = jax.jit(jax.grad(loss_fn))
+    estimate = jax.jit(lambda params, key: hutchinson(loss_fn, params, key))
+
+    def clipped(m, h, n):
+        scale = gamma / (1 - b2**n)
+        return jax.tree.map(lambda m, h: jnp.clip(m / jnp.maximum(scale * h, eps), -rho, rho), m, h)
+
+    m = h = jax.tree.map(jnp.zeros_like, params)
+    n, path = 0, [params]
+    for t in range(steps):
+        m = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, m, grad_fn(params))
+        if t % k == 0:
+            new = estimate(params, jax.random.fold_in(jax.random.key(0), t))
+            h = jax.tree.map(lambda h, e: b2 * h + (1 - b2) * e, h, new)
+            n += 1
+        params = jax.tree.map(lambda p, u: p - lr * (u + decay * p), params, clipped(m, h, n))
+        path.append(params)
+    return path
+
+
+# %% [markdown]
+# ## The library, on the same problem
+#
+# `sophia_optax.sophia_h` is an Optax transformation. Its `update` takes, besides the gradients, a
+# function that estimates the curvature, and calls it when a refresh is due. A function that draws
+# a whole trajectory, for this and any other optimizer:
+
+
+# %%
+def trajectory(tx, loss_fn, params, steps):
+    """Returns the params after every step, for an optimizer from Optax or from sophia_optax."""
+    tx = optax.with_extra_args_support(tx)
+
+    @jax.jit
+    def train_step(params, state):
+        hessian_fn = sophia_optax.hutchinson(loss_fn, params)
+        grads = jax.grad(loss_fn)(params)
+        updates, state = tx.update(grads, state, params, hessian_fn=hessian_fn)
+        return optax.apply_updates(params, updates), state
+
+    state, path = tx.init(params), [params]
+    for _ in range(steps):
+        params, state = train_step(params, state)
+        path.append(params)
+    return path
+
+
+def compare(name, loss_fn, params, lr, steps=60):
+    hyperparameters = {"b1": 0.9, "b2": 0.8, "gamma": 0.5}
+    ours = sophia(loss_fn, params, steps, lr, **hyperparameters)
+    tx = sophia_optax.sophia_h(lr, **hyperparameters)
+    theirs = trajectory(tx, loss_fn, params, steps)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    print(f"{name}: {steps} equal steps, loss {loss_fn(ours[0]):.2f} -> {loss_fn(ours[-1]):.2f}")
+
+
+start = jnp.array([0.2, 0.0])
+compare("the landscape", loss_fn, start, lr=0.1)
+
+# %% [markdown]
+# On that landscape the Hessian is diagonal, and any signs give its diagonal exactly. A harder check
+# is a small network, in which everything is coupled: the estimates are noisy, and the trajectories
+# agree only if both draw the same signs. They do, as the library derives its keys in this way: from
+# a seed and the step's number. (So no key has to be saved, and a resumed run draws the same signs.)
+
+# %%
+rng = np.random.default_rng(0)
+inputs = rng.normal(size=(64, 3)).astype(np.float32)
+targets = np.sin(inputs.sum(axis=1, keepdims=True))
+network = {
+    "w1": rng.normal(size=(3, 8)).astype(np.float32),
+    "b1": np.zeros(8, np.float32),
+    "w2": rng.normal(size=(8, 1)).astype(np.float32),
+}
+
+
+def network_loss(params):
+    hidden = jnp.tanh(inputs @ params["w1"] + params["b1"])
+    return jnp.mean((hidden @ params["w2"] - targets) ** 2)
+
+
+network = jax.tree.map(jnp.asarray, network)
+compare("a network", network_loss, network, lr=0.02)
+
+# %% [markdown]
+# ## Five optimizers, one start
+#
+# All start at $(0.2, 0)$, where $L_1$ bends downwards, at rates chosen for the picture: SGD's is
+# about one over the larger curvature, the others' is 0.3. Only Adam has momentum. With
+# $\gamma = \eta$, an unclipped step of Sophia is Newton's, $g / h$; a clipped one has the length
+# $\eta$ in its coordinate.
+
+
+# %%
+def newton(steps):
+    gradient = jax.grad(loss_fn)
+    step = jax.jit(lambda theta: theta - gradient(theta) / jnp.diag(jax.hessian(loss_fn)(theta)))
+    path = [start]
+    for _ in range(steps):
+        path.append(step(path[-1]))
+    return path
+
+
+STEPS, RATE = 30, 0.3
+without_decay = {"b1": 0.0, "b2": 0.0, "update_interval": 1, "weight_decay": 0.0}
+one_sophia = sophia_optax.sophia_h(RATE, gamma=RATE, **without_decay)
+paths = {
+    "SGD": trajectory(optax.sgd(0.015), loss_fn, start, STEPS),
+    "SignSGD": trajectory(optax.sign_sgd(RATE), loss_fn, start, STEPS),
+    "Adam": trajectory(optax.adam(RATE), loss_fn, start, STEPS),
+    "Newton": newton(STEPS),
+    "Sophia": trajectory(one_sophia, loss_fn, start, STEPS),
+}
+paths = {name: np.array(path) for name, path in paths.items()}
+
+figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+x, y = np.meshgrid(np.linspace(-0.9, 1.7, 200), np.linspace(-0.6, 5, 200))
+left.contour(x, y, loss_fn((x, y)), levels=np.geomspace(0.1, 60, 14), colors="0.8", linewidths=1)
+for name, path in paths.items():
+    bold = name == "Sophia"
+    left.plot(*path.T, ".-", label=name, linewidth=2.5 if bold else 1.2, zorder=3 if bold else 2)
+    right.plot([loss_fn(theta) for theta in path], label=name, linewidth=2.5 if bold else 1.2)
+left.plot(1, 4, "k*", markersize=14, label="minimum", zorder=4)
+left.plot(0, 4, "kx", markersize=10, label="saddle", zorder=4)
+left.set(xlabel=r"$\theta_1$ (sharp)", ylabel=r"$\theta_2$ (flat)", title="where they go")
+right.set(xlabel="step", ylabel="loss", yscale="log", ylim=(1e-6, 30), title="how fast")
+left.legend(loc="upper left", fontsize="small")
+plt.show()
+
+for name, path in paths.items():
+    x, y = path[-1]
+    print(f"{name:8} after {STEPS} steps: ({x:5.2f}, {y:5.2f}), loss {loss_fn(path[-1]):.1e}")
+
+# %% [markdown]
+# * **SGD** has one rate for both coordinates. The sharp one allows no more than $2/69$, and at such
+#   a rate the flat one crawls.
+# * **SignSGD**, and much the same **Adam**, go about equally far in both. At this rate they bounce
+#   in the sharp one; a smaller or decaying one would calm them, and slow down the flat one.
+# * **Newton** divides by the curvature, so both coordinates arrive together; but where the
+#   curvature is negative its step points uphill, and it ends in the saddle.
+# * **Sophia** takes a sign step where the curvature is negative or the quotient large, and is
+#   Newton's method near the minimum.
+#
+# ## Why the clip is there
+#
+# How far does each method go along $\theta_1$ from where it stands?
+
+# %%
+slope = jax.vmap(jax.grad(lambda x: loss_fn((x, 4.0))))
+bend = jax.vmap(jax.grad(jax.grad(lambda x: loss_fn((x, 4.0)))))
+
+x = jnp.linspace(-0.9, 1.5, 1201)
+newton_step = -slope(x) / bend(x)
+sophia_step = -RATE * jnp.clip(slope(x) / jnp.maximum(RATE * bend(x), 1e-12), -1, 1)
+
+figure, (top, bottom) = plt.subplots(
+    2, 1, figsize=(8, 5.5), sharex=True, layout="constrained", height_ratios=(1, 1.4)
+)
+top.plot(x, loss_fn((x, 4.0)), "k")
+top.set(ylabel="$L_1$", title="in gray, the curvature is negative")
+bottom.plot(x, jnp.where(jnp.abs(newton_step) < 3, newton_step, jnp.nan), label="Newton's step")
+bottom.plot(x, sophia_step, label="Sophia's step", linewidth=2.5)
+bottom.axhline(0, color="k", linewidth=0.8)
+bottom.set(xlabel=r"$\theta_1$", ylabel=r"step along $\theta_1$", ylim=(-1.5, 1.5))
+bottom.legend(loc="lower left")
+for axes in (top, bottom):
+    axes.fill_between(
+        x, 0, 1, where=bend(x) < 0, color="0.85", transform=axes.get_xaxis_transform(), zorder=0
+    )
+plt.show()
+
+# %% [markdown]
+# Newton's step is right near a minimum, where the two curves are one. Elsewhere it fails in two
+# ways:
+#
+# 1. **In the gray band it has the wrong sign**: it leads to the maximum at 0. Sophia takes
+#    $\max(\gamma h, \epsilon)$ in place of a negative curvature. The quotient is then huge, with
+#    the sign of the gradient, and the clip makes a step of length $\eta$ of it.
+# 2. **At the band's edges it has no bound**, as the curvature passes through zero. There the clip
+#    alone stands between Sophia and a step of any length.
+#
+# $\theta_1$ over four steps, with the clip and without, which the library allows for such
+# experiments:
+
+# %%
+no_clip = sophia_optax.sophia_h(RATE, gamma=RATE, clip_threshold=None, **without_decay)
+for name, tx in {"clipped": one_sophia, "not clipped": no_clip}.items():
+    print(f"{name:12}", *(f"{theta[0]:9.3g}" for theta in trajectory(tx, loss_fn, start, 4)))
+
+# %% [markdown]
+# ## How often does it clip?
+#
+# The share of coordinates that are *not* clipped is the **win rate**. The state has it, for any
+# Optax chain:
+
+
+# %%
+@jax.jit
+def train_step(theta, state):
+    hessian_fn = sophia_optax.hutchinson(loss_fn, theta)
+    grads = jax.grad(loss_fn)(theta)
+    updates, state = one_sophia.update(grads, state, theta, hessian_fn=hessian_fn)
+    return optax.apply_updates(theta, updates), state
+
+
+theta, state = start, one_sophia.init(start)
+for step in range(14):
+    theta, state = train_step(theta, state)
+    x, y = theta
+    win_rate = sophia_optax.diagnostics(state).win_rate
+    print(f"step {step:2}: to ({x:.2f}, {y:.2f}), win rate {win_rate:.1f}")
+
+# %% [markdown]
+# First both coordinates are clipped, then only the flat one, and the last steps are Newton's. A
+# large model on mini-batches does not come to this end: most of its coordinates stay clipped, and
+# the paper tunes $\gamma$ until 0.1 to 0.5 of them are not.
+#
+# Next: [the estimators, and the curvature of a transformer](02_curvature.ipynb).
