@@ -8,6 +8,9 @@ BAD = {
     "unknown model": ("--model gpt5", "model 'gpt5'"),
     "unknown optimizer": ("--optimizer sgd", "optimizer 'sgd'"),
     "unknown data source": ("--data wikipedia", "'wikipedia'"),
+    "stream without a name": ("--data hf:", "'hf:'"),
+    "stream that is not there": ("--data hf:{tmp}/nothing", "dataset"),
+    "unknown kind of data": ("--data parquet:{tmp}", "'parquet:"),
     "unknown tokenizer": ("--tokenizer words", "'words'"),
     "too small a vocabulary": ("--tokenizer bpe:100", "'bpe:100'"),
     "mesh that does not divide": ("--mesh.data 3", "3 x 1 x 1"),
@@ -39,6 +42,15 @@ BAD = {
     "no checkpoint kept": ("--keep 0", "--keep is 0"),
     "no validation interval": ("--eval-interval 0", "--eval-interval is 0"),
     "fused attention without a GPU": ("--attention cudnn", "NVIDIA"),
+    "process without the others": (
+        "--hosts.coordinator localhost:1 --hosts.process 0",
+        "--hosts.processes",
+    ),
+    "heartbeat of no length": (
+        "--hosts.coordinator localhost:1 --hosts.process 0 --hosts.processes 1 --hosts.timeout 0",
+        "--hosts.timeout is 0",
+    ),
+    "cluster that is none": ("--hosts.auto", "did not meet"),
     "resume without a folder": ("--resume", "--out"),
     "resume with nothing there": ("--resume --out {tmp}/nothing", "no run to resume"),
     "files that do not exist": ("--data text:{tmp}/*.none", "No file matches"),
@@ -63,8 +75,12 @@ def places(tmp_path):
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_wrong_invocation_ends_in_one_sentence_and_code_2(name, places, capsys, monkeypatch):
+def test_a_wrong_invocation_ends_in_one_sentence_and_code_2(
+    name, places, capsys, monkeypatch, tmp_path_factory
+):
     monkeypatch.chdir(places)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hub")))
     flags, expected = BAD[name]
     before = {p: p.read_bytes() for p in places.rglob("*") if p.is_file()}
     assert main(["train", *flags.format(tmp=places).split()]) == 2
