@@ -221,7 +221,7 @@ def test_a_step_off_a_refresh_costs_what_a_gradient_does_and_a_refresh_its_share
 
 # --- what does not fit ----------------------------------------------------------------------------
 
-TOO_LARGE = {"peak_bytes": 20 * plan.GIB, "temp_bytes": 16 * plan.GIB, "hbm_bytes": 12 * plan.GIB}
+TOO_LARGE = {"peak_bytes": 20 * plan.GIB, "temp_bytes": 16 * plan.GIB, "hbm_bytes": 13 * plan.GIB}
 
 
 def advice(optimizer="sophia_g", row=TOO_LARGE, **fields):
@@ -232,7 +232,8 @@ def advice(optimizer="sophia_g", row=TOO_LARGE, **fields):
 def test_what_does_not_fit_is_answered_with_what_would():
     assert advice(batch_per_chip=16, accumulate=4) == "Try --accumulate 8 or --remat True."
     assert advice(batch_per_chip=16, accumulate=4, remat=True) == "Try --accumulate 8."
-    assert "--batch-per-chip 8" in advice("contrib_sophia", batch_per_chip=16)
+    at_once = advice("contrib_sophia", batch_per_chip=16, accumulate=4)
+    assert "--batch-per-chip 8 --accumulate 1 or --remat True" in at_once
     assert "--mesh.tensor" in advice(batch_per_chip=1, accumulate=1)
     assert "more chips" in advice(row={**TOO_LARGE, "temp_bytes": plan.GIB})
 

@@ -259,12 +259,12 @@ def advice(run: TrainConfig, row: dict[str, Any], chips: int) -> str:
     batch = run.batch_size // chips
     whole_batch = OPTIMIZERS[run.optimizer].whole_batch
     together = batch if whole_batch else batch // run.accumulate
-    fits = int(together * room / row["temp_bytes"])
+    fits = int(together * 0.9 * room / row["temp_bytes"])  # some of it does not shrink
     remat = "" if run.remat else " or --remat True"
     if not fits:
         return f"A single sequence a chip is too much: try a larger --mesh.tensor{remat}."
     if whole_batch:
-        return f"Its curvature takes the whole batch: try --batch-per-chip {fits}{remat}."
+        return f"It differentiates all at once: try --batch-per-chip {fits} --accumulate 1{remat}."
     accumulate = next(n for n in range(-(-batch // fits), batch + 1) if batch % n == 0)
     return f"Try --accumulate {accumulate}{remat}."
 
