@@ -45,7 +45,7 @@ Row = dict[str, Any]
 SIZES = {
     "1m": ModelConfig(layers=4, width=128, heads=4, context=128, vocab_size=1024),
     "11m": ModelConfig(layers=6, width=384, heads=6, context=128, vocab_size=1024),
-    **{name: MODELS[name] for name in ("gpt2-124m", "gpt2-355m", "gpt2-1.5b")},
+    **{name: MODELS[name] for name in ("gpt2-124m", "gpt2-1.5b")},
 }
 NAMES = ("adamw", "lion", "muon", "contrib_sophia", "sophia_h", "sophia_g")
 SOPHIAS = ("contrib_sophia", "sophia_h", "sophia_g")
@@ -334,12 +334,12 @@ def summary(runs: dict[str, Row]) -> dict[str, Any]:
         elif kind == "seconds":
             out[key] = {n: round(r["over_adamw"], 3) for n, r in row.items()}
     for name in SOPHIAS:
-        row = next(
-            (r for k, r in runs.items() if k.startswith("flops/") and k.endswith(name)), None
-        )
-        if row:
+        sizes = [size for size in SIZES if f"flops/{size}/{name}" in runs]
+        if sizes:
+            row = runs[f"flops/{sizes[-1]}/{name}"]
             extra = row["flops_refresh_step"] / row["flops_step"] - 1
-            out[f"interval/{name}"] = {k: round(1 + extra / k, 4) for k in (1, 2, 5, 10, 20, 50)}
+            growth = {k: round(1 + extra / k, 4) for k in (1, 2, 5, 10, 20, 50)}
+            out[f"interval/{sizes[-1]}/{name}"] = growth
     return out
 
 
