@@ -96,6 +96,11 @@ def test_a_collective_in_a_loop_counts_as_often_as_the_loops_around_it_run():
     assert traffic["collective-permute"] == {"count": 24, "bytes": 24 * 8 * 4}
 
 
+def test_a_loop_that_ends_on_its_data_counts_once():
+    traffic = hlo.collective_traffic(HLO.replace("direction=LT", "direction=NE"))
+    assert traffic["collective-permute"]["count"] == 12
+
+
 def test_a_collective_that_fusions_continue_counts_once():
     gathered_in_the_loop, gathered_beside_it = 12 * 16 * 4 * 2, 64 * 2
     assert hlo.collective_traffic(HLO)["all-gather"] == {
@@ -126,7 +131,7 @@ def test_what_xla_for_cpu_compiles_is_read_too():
     assert traffic == {"all-reduce": {"count": 5, "bytes": 5 * 4}}
 
 
-@pytest.mark.parametrize("topology", ["v5e", "v5e:4", "v9:4x4", "v5e:4x4x4x4", "16"])
+@pytest.mark.parametrize("topology", ["v5e", "v5e:4", "v5e:0x4", "v9:4x4", "v5e:4x4x4x4", "16"])
 def test_a_topology_that_cannot_be_read_is_answered_with_how_to_write_it(topology, capsys):
     assert main(["plan", "--topology", topology]) == 2
     assert "v5e:4x4" in capsys.readouterr().err

@@ -81,18 +81,27 @@ def entry(text: str) -> str:
 def trip_count(line: str, bodies: dict[str, str]) -> int:
     """How often a loop runs: as the compiler notes it, or from its counter's bound and step.
 
-    The counter starts at 0; XLA lets it take larger steps where it has unrolled the loop.
+    Where it is neither, as in a loop that ends on a condition of the data, it counts once.
     """
     noted = re.search(r"known_trip_count\D*(\d+)", line)
     if noted:
         return int(noted[1])
+    try:
+        return _counted(line, bodies)
+    except (AttributeError, LookupError, StopIteration, TypeError):
+        return 1
+
+
+def _counted(line: str, bodies: dict[str, str]) -> int:
+    """The rounds of a loop whose counter goes from 0 to a bound.
+
+    Its steps are larger than 1 where XLA has unrolled the loop.
+    """
     condition, body = (
         {name: text for name, _, _, text in instructions(bodies[called])}
         for called in re.search(r"condition=%?([\w.-]+), body=%?([\w.-]+)", line).groups()
     )
     compared = re.search(r"compare\((.*?)\), direction=LT", "\n".join(condition.values()))
-    if not compared:
-        return 1
     counter, bound = operands(compared[0], "compare")
     index = re.search(r"index=(\d+)", condition[counter])
     results = next(text for text in body.values() if text.lstrip().startswith("ROOT"))

@@ -88,7 +88,7 @@ class PlanConfig:
 
 def pod(topology: str) -> tuple[list[Any], int]:
     """The chips of a pod, and the memory of each in bytes."""
-    match = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})", topology)
+    match = re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*){1,2})", topology)
     if not match or match[1] not in CHIPS:
         raise UsageError(
             f"There is no topology {topology!r}. Write it like v5e:4x4 or v5p:2x2x4; the chips "
