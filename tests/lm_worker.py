@@ -83,14 +83,18 @@ def run(
         return main(arguments)
 
 
+def environment(devices: int, **settings: Any) -> dict[str, str]:
+    """A process's, for as many CPU devices; `settings` are JAX's."""
+    settings = {**COMPILATION, **settings, "jax_num_cpu_devices": devices, "jax_platforms": "cpu"}
+    return {**os.environ, **{name.upper(): str(value) for name, value in settings.items()}}
+
+
 def start(arguments: list[str], devices: int, cache: Path, **how: float) -> subprocess.Popen:
     """`run` in a process of its own."""
-    settings = {**COMPILATION, "jax_compilation_cache_dir": cache, "jax_num_cpu_devices": devices}
-    environment = {name.upper(): str(value) for name, value in settings.items()}
     return subprocess.Popen(
         [sys.executable, "-m", "tests.lm_worker", json.dumps(how), *arguments],
         cwd=ROOT,
-        env={**os.environ, **environment, "JAX_PLATFORMS": "cpu"},
+        env=environment(devices, jax_compilation_cache_dir=cache),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -143,7 +143,9 @@ class Checkpoints:
         if self.read_only:
             return
         if jax.process_index() == 0:
-            torn.rename(self.path / f"{step}.unreadable")
+            aside = self.path / f"{step}.unreadable"
+            shutil.rmtree(aside, ignore_errors=True)
+            torn.rename(aside)
         multihost_utils.sync_global_devices(f"set aside {step}")
         self.manager.reload()
 
