@@ -72,7 +72,7 @@ class Scope:
 
     compiled: tuple[str, ...] = tuple(SIZES)
     counted: tuple[str, ...] = tuple(SIZES)
-    stepped: tuple[str, ...] = ("1m", "11m", "gpt2-124m")
+    stepped: tuple[str, ...] = ("1m", "11m")
     timed_updates: tuple[str, ...] = ("1m", "11m")
     timed_steps: tuple[str, ...] = ("1m",)
     growth: str = "11m"
@@ -289,13 +289,6 @@ def jobs(scope: Scope) -> Iterator[tuple[str, Callable[[], Row]]]:
     for size in scope.counted:
         for name in NAMES:
             yield f"flops/{size}/{name}", functools.partial(step_flops, size, name)
-    for size in scope.compiled:
-        for platform in platforms:
-            for name in NAMES:
-                yield (
-                    f"update/{platform}/{size}/{name}",
-                    functools.partial(update_cost, size, name, platform),
-                )
     for size in scope.stepped:
         for name in NAMES:
             yield f"memory/{size}/{name}", functools.partial(compiled_step, config(size, name))
@@ -315,6 +308,13 @@ def jobs(scope: Scope) -> Iterator[tuple[str, Callable[[], Row]]]:
     for size in scope.timed_steps:
         make = functools.partial(timed, size, timed_step, scope.rounds)
         yield f"seconds/step/{device}/{size}", make
+    for size in scope.compiled:
+        for platform in platforms:
+            for name in NAMES:
+                yield (
+                    f"update/{platform}/{size}/{name}",
+                    functools.partial(update_cost, size, name, platform),
+                )
 
 
 def summary(runs: dict[str, Row]) -> dict[str, Any]:
