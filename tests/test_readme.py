@@ -48,7 +48,8 @@ def test_every_row_of_works_with_names_a_test() -> None:
 
 
 def test_every_test_named_exists() -> None:
-    named = set(re.findall(r"\btest_\w+\b(?!\.py)", README + WORKS_WITH))
+    text = "".join(page.read_text() for page in [pages.README, *pages.DOCS])
+    named = set(re.findall(r"\btest_\w+\b(?!\.py)", text))
     assert named - names_of_tests() == set()
 
 
