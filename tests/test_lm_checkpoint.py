@@ -8,6 +8,7 @@ import random
 import resource
 import shlex
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -104,17 +105,19 @@ def test_a_run_killed_twice_loses_no_more_than_the_steps_since_its_last_save(
 ):
     folder = tmp_path / "killed"
     arguments = [*RUN, "--save-interval", "1", "--out", str(folder)]
-    for moment in ("while a checkpoint is written", "at random"):
-        process = lm_worker.start(arguments, 1, cache, pause=0.02)
-        wait_for((folder / "checkpoints").is_dir, process)
-        if moment == "at random":
-            wait_for(lambda: random.random() > 0.995, process)
-        else:
-            wait_for(lambda: len(steps_of(folder)) > 1 and leftovers(folder), process)
-        process.kill()
-        printed = process.communicate()[0]
-        assert process.returncode == -9, printed
-        arguments = [*arguments, "--resume"] if "--resume" not in arguments else arguments
+    started = time.monotonic()
+    process = lm_worker.start(arguments, 1, cache, pause=0.1)
+    wait_for((folder / "checkpoints").is_dir, process)
+    wait_for(lambda: len(steps_of(folder)) > 1 and leftovers(folder), process)  # in a save
+    process.kill()
+    printed, lifetime = process.communicate()[0], time.monotonic() - started
+    assert process.returncode == -signal.SIGKILL, printed
+
+    arguments.append("--resume")
+    process = lm_worker.start(arguments, 1, cache, pause=0.1)
+    time.sleep(random.uniform(0, lifetime))  # at any moment
+    process.kill()
+    process.communicate()
     saved = max(steps_of(folder))
     capsys.readouterr()
     assert lm_worker.run(arguments) == 0
