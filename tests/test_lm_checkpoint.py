@@ -93,6 +93,17 @@ def test_sigterm_saves_and_leaves_with_code_0_and_the_run_resumes_to_the_bit(
     assert_same_run(folder, finished)
 
 
+def test_a_run_that_has_nothing_left_to_do_reports_once_more(finished, tmp_path):
+    folder = tmp_path / "again"
+    shutil.copytree(finished, folder)
+    (folder / "summary.json").unlink()
+    assert lm_worker.run([*RUN, "--resume", "--out", str(folder)]) == 0
+    again, before = (json.loads((f / "summary.json").read_text()) for f in (folder, finished))
+    expected = before["runs"]["sophia_g"]["validation_loss"]
+    assert again["runs"]["sophia_g"]["validation_loss"] == expected
+    assert losses(folder) == losses(finished)
+
+
 def wait_for(condition, process: subprocess.Popen) -> None:
     deadline = time.monotonic() + 120
     while not condition() and process.poll() is None:

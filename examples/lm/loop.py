@@ -130,11 +130,9 @@ def fit(
         result.records.append(line)
         log(line)
 
-    def validate(step: int, state: TrainState) -> float:
+    def held_out_loss(state: TrainState) -> float:
         losses = [trainer.evaluate(state.params, batch) for batch in held_out]
-        loss = float(np.mean(jax.device_get(losses)))
-        record({"step": step, "val_loss": loss})
-        return loss
+        return float(np.mean(jax.device_get(losses)))
 
     def report(step: int, metrics: Metrics, started: float) -> None:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -167,13 +165,16 @@ def fit(
             report(step, late, clock)
             late = None
             if validating and (not stopping or done == config.steps):
-                result.validation_loss = validate(done, state)
+                result.validation_loss = held_out_loss(state)
+                record({"step": done, "val_loss": result.validation_loss})
             if store and saving:
                 store.save(done, state, hosts.gather(batches.get_state()))
             clock = time.perf_counter()
         result.steps = done
         if stopping:
             break
+    if start == config.steps:  # stopped before, after its last step
+        result.validation_loss = held_out_loss(state)
     statistics = jax.local_devices()[0].memory_stats() or {}
     result.peak_bytes = statistics.get("peak_bytes_in_use")
     return result
