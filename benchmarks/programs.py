@@ -13,7 +13,7 @@ from examples.lm import hlo
 # These move nothing: they name parts of what is there, or start and end what is counted elsewhere.
 FREE = (
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
-    "copy-done", "partition-id", "after-all", "iota",
+    "copy-done", "slice-done", "partition-id", "after-all", "iota",
 )  # fmt: skip
 ARRAY = re.compile(r"[a-z]+\d*\[[\d,]*\](?:\{[^{}]*\})?")
 ON_CHIP = re.compile(r"S\([1-9]\d*\)")
@@ -80,8 +80,11 @@ def main_memory_bytes(text: str) -> int:
         held: dict[str, int] = {}
         for name, type_, opcode, line in body:
             arrays = ARRAY.findall(type_)
-            made = arrays[:1] if opcode == "copy-start" else arrays  # (destination, source, ...)
-            in_main_memory = [array for array in made if not ON_CHIP.search(array)]
+            if opcode in ("copy-start", "slice-start"):  # (from, to, ...) or (to, from, ...)
+                sides = sum(not ON_CHIP.search(array) for array in arrays[:2])
+                total += times * sides * min(map(hlo.size_in_bytes, arrays[:2]))
+                continue
+            in_main_memory = [array for array in arrays if not ON_CHIP.search(array)]
             held[name] = sum(map(hlo.size_in_bytes, in_main_memory))
             if opcode not in FREE:
                 read = set(hlo.operands(line, opcode))

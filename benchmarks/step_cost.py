@@ -289,6 +289,13 @@ def jobs(scope: Scope) -> Iterator[tuple[str, Callable[[], Row]]]:
     for size in scope.counted:
         for name in NAMES:
             yield f"flops/{size}/{name}", functools.partial(step_flops, size, name)
+    device = jax.devices()[0].device_kind
+    for size in scope.timed_updates:
+        make = functools.partial(timed, size, timed_update, scope.rounds)
+        yield f"seconds/update/{device}/{size}", make
+    for size in scope.timed_steps:
+        make = functools.partial(timed, size, timed_step, scope.rounds)
+        yield f"seconds/step/{device}/{size}", make
     for size in scope.stepped:
         for name in NAMES:
             yield f"memory/{size}/{name}", functools.partial(compiled_step, config(size, name))
@@ -301,13 +308,6 @@ def jobs(scope: Scope) -> Iterator[tuple[str, Callable[[], Row]]]:
             f"probes/{scope.growth}/{probes}",
             functools.partial(probes_cost, scope.growth, probes),
         )
-    device = jax.devices()[0].device_kind
-    for size in scope.timed_updates:
-        make = functools.partial(timed, size, timed_update, scope.rounds)
-        yield f"seconds/update/{device}/{size}", make
-    for size in scope.timed_steps:
-        make = functools.partial(timed, size, timed_step, scope.rounds)
-        yield f"seconds/step/{device}/{size}", make
     for size in scope.compiled:
         for platform in platforms:
             for name in NAMES:

@@ -8,8 +8,8 @@ import pytest
 import sophia_optax
 from benchmarks import programs
 
-# Of 256 bytes each: %a is copied to memory on the chip and read there with %b, to make %c; three
-# rounds of a loop read and write it; the branch that is not taken would copy it.
+# Of 256 bytes each: %a and a quarter of %b are copied to memory on the chip and read there with
+# %b, to make %c; three rounds of a loop read and write it; the other branch would copy it.
 HLO = """HloModule update
 
 %body (arg: (s32[], f32[64])) -> (s32[], f32[64]) {
@@ -33,7 +33,9 @@ ENTRY %main (a: f32[64], b: f32[64]) -> f32[64] {
   %b = f32[64]{0:T(128)} parameter(1)
   %ahead = (f32[64]{0:T(128)S(1)}, f32[64]{0:T(128)}, u32[]{:S(2)}) copy-start(%a)
   %near = f32[64]{0:T(128)S(1)} copy-done(%ahead)
-  %c = f32[64]{0:T(128)} fusion(%near, %b), kind=kLoop, calls=%fused
+  %part = ((f32[64]{0:T(128)}), f32[16]{0:T(128)S(1)}, s32[]{:S(2)}) slice-start(%b), slice={[0:16]}
+  %quarter = f32[16]{0:T(128)S(1)} slice-done(%part)
+  %c = f32[64]{0:T(128)} fusion(%near, %b, %quarter), kind=kLoop, calls=%fused
   %first = (s32[], f32[64]{0}) tuple(%zero, %c)
   %loop = (s32[], f32[64]{0}) while(%first), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"3"}}
   %d = f32[64]{0:T(128)} get-tuple-element(%loop), index=1
@@ -43,7 +45,7 @@ ENTRY %main (a: f32[64], b: f32[64]) -> f32[64] {
 
 
 def test_traffic_is_that_with_main_memory_loops_as_often_as_they_run():
-    copied_ahead, fused, looped = 1, 2, 3 * 2
+    copied_ahead, fused, looped = 1 + 1 / 4, 2, 3 * 2
     assert programs.main_memory_bytes(HLO) == 256 * (copied_ahead + fused + looped)
 
 
