@@ -96,7 +96,8 @@ def test_what_is_imported_is_declared(folder: str) -> None:
     if folder == "tests":
         requirements += extras["test"]
     declared = {re.match(r"[\w-]+", requirement)[0] for requirement in requirements}
-    declared = {{"orbax-checkpoint": "orbax"}.get(name, name) for name in declared}
+    modules = {"orbax-checkpoint": "orbax", "scikit-learn": "sklearn"}
+    declared = {modules.get(name, name) for name in declared}
     ours = {"sophia_optax", "benchmarks", "examples", "tests"}
     for path in (ROOT / folder).rglob("*.py"):
         found = {name.split(".")[0] for name in imports(path)}
