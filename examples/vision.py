@@ -381,8 +381,9 @@ def rung(name: str, start: float, number: int) -> float:
 def tune(start: Point, tries: int, loss_of: Callable[[Point], float]) -> dict[str, Any]:
     """Nine points of a coarse grid, then the neighbours of the best so far until tries are spent.
 
-    The neighbours are two rungs away; once all of them are worse, one. So an optimum at the edge of
-    the grid moves the search beyond it, and every optimizer has as many tries.
+    A neighbour is two rungs away where nothing was tried yet on that side of the best, near it in
+    the other hyperparameters; else one. (Once those are all worse, what lies around them.) So an
+    optimum at the edge of the grid moves the search beyond it, and all optimizers have equal tries.
 
     Args:
       start: the middle of the grid.
@@ -390,34 +391,44 @@ def tune(start: Point, tries: int, loss_of: Callable[[Point], float]) -> dict[st
       loss_of: runs a point; NaN where it diverged.
 
     Returns:
-      The best point, its loss, all that were tried, and whether a neighbour two rungs away from it
-      was left untried ("open").
+      The best point, its loss, all that were tried, and whether the best is still at an edge
+      ("open").
     """
     tried: dict[tuple[int, ...], float] = {}
+    sides = list(itertools.product(range(len(start)), (1, -1)))
 
     def point(at: tuple[int, ...]) -> Point:
         return {n: rung(n, s, k) for (n, s), k in zip(start.items(), at, strict=True)}
 
-    def untried(distance: int) -> list[tuple[int, ...]]:
-        best = min(tried, key=tried.__getitem__)
-        moves = [
-            tuple(k + sign * distance * (i == axis) for i, k in enumerate(best))
-            for axis in range(len(start))
-            for sign in (1, -1)
-        ]
-        return [at for at in moves if at not in tried]
+    def best() -> tuple[int, ...]:
+        return min(tried, key=tried.__getitem__)
+
+    def neighbour(axis: int, sign: int, distance: int) -> tuple[int, ...]:
+        return tuple(k + sign * distance * (i == axis) for i, k in enumerate(best()))
+
+    def is_edge(axis: int, sign: int) -> bool:
+        moves = [[k - b for k, b in zip(at, best(), strict=True)] for at in tried]
+        others = [[abs(k) for i, k in enumerate(move) if i != axis] for move in moves]
+        beyond = [sign * move[axis] > 0 for move in moves]
+        return not any(b and max(o, default=0) <= 1 for b, o in zip(beyond, others, strict=True))
+
+    def following() -> list[tuple[int, ...]]:
+        far = [neighbour(*side, 2) for side in sides if is_edge(*side)]
+        near = [neighbour(*side, 1) for side in sides]
+        moves = itertools.product(range(-4, 5), repeat=len(start))
+        rest = [tuple(map(sum, zip(best(), move, strict=True))) for move in moves]
+        return [at for at in far + near + rest if at not in tried][:1]
 
     queue = list(itertools.product((-2, 0, 2), repeat=len(start)))
     while queue and len(tried) < tries:
         at = queue.pop(0)
         loss = loss_of(point(at))
         tried[at] = loss if math.isfinite(loss) else math.inf
-        queue = queue or (untried(2) or untried(1))[:1]
-    best = min(tried, key=tried.__getitem__)
+        queue = queue or following()
     return {
-        "point": point(best),
-        "loss": tried[best],
-        "open": bool(untried(2)),
+        "point": point(best()),
+        "loss": tried[best()],
+        "open": any(is_edge(*side) for side in sides),
         "tried": [{**point(at), "loss": loss} for at, loss in tried.items()],
     }
 
