@@ -69,7 +69,13 @@ def fresh(source: Path) -> nbformat.NotebookNode:
 
 
 def write(notebook: nbformat.NotebookNode, path: Path) -> None:
-    """Saves it without what differs between machines."""
+    """Saves it without what differs between machines, numbered as a reader's own run would be."""
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for number, cell in enumerate(cells, start=1):
+        cell.execution_count = number
+        for output in cell.outputs:
+            if output.output_type == "execute_result":
+                output.execution_count = number
     notebook.metadata.language_info = {"name": "python"}
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     nbformat.write(notebook, path)
