@@ -238,8 +238,8 @@ def generate(model, prompt, count=160):
 print(generate(models["Sophia-G"], "def "))
 
 # %% [markdown]
-# 250 small batches teach it spaces, underscores and how long words are, not yet the words. For more,
-# train longer.
+# 250 small batches teach it spaces, underscores and how long words are, not yet the words. For
+# more, train longer.
 #
 # ## Gamma
 #

@@ -1,0 +1,309 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Sharded training
+#
+# [![Open Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/)
+# (upload this file there; the first cell installs what is missing)
+#
+# A transformer on a mesh of eight devices: where Sophia's state lives, what a refresh of the
+# curvature communicates, and that the numbers are those of one device. The devices are eight parts
+# of a CPU, so that this runs anywhere. On a TPU or on GPUs, leave out the lines that make them.
+
+# %%
+import importlib.util
+import subprocess
+import sys
+
+PACKAGE = "sophia_optax"  # or the path of a wheel
+if importlib.util.find_spec("sophia_optax") is None:
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", PACKAGE, "rich"], check=True)
+
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import sophia_optax
+
+jax.config.update("jax_platforms", "cpu")  # leave out these two lines
+jax.config.update("jax_num_cpu_devices", 8)  # where there are devices
+
+# %% [markdown]
+# ## The mesh
+#
+# Three axes, as in most trainers:
+#
+# * `data`: copies of the params, each with its part of the batch;
+# * `fsdp`: the params are cut, and the batch is too;
+# * `tensor`: heads, hidden features and the vocabulary are cut; the batch is not.
+
+# %%
+AXES = ("data", "fsdp", "tensor")
+mesh = jax.make_mesh((2, 2, 2), AXES, axis_types=(AxisType.Auto,) * 3)
+print(mesh)
+
+# %% [markdown]
+# ## The params, and where each is cut
+#
+# The second table has an entry for each axis of each array in the first.
+
+# %%
+LAYERS, WIDTH, HEADS, CONTEXT, VOCABULARY, BATCH = 2, 64, 4, 32, 128, 16
+
+shapes = {
+    "embedding": (VOCABULARY, WIDTH),
+    "positions": (CONTEXT, WIDTH),
+    "norm_1": (LAYERS, WIDTH),
+    "qkv": (LAYERS, WIDTH, 3, HEADS, WIDTH // HEADS),
+    "out": (LAYERS, HEADS, WIDTH // HEADS, WIDTH),
+    "norm_2": (LAYERS, WIDTH),
+    "up": (LAYERS, WIDTH, 4 * WIDTH),
+    "down": (LAYERS, 4 * WIDTH, WIDTH),
+}
+specs = {
+    "embedding": PartitionSpec("tensor", "fsdp"),
+    "positions": PartitionSpec(None, "fsdp"),
+    "norm_1": PartitionSpec(None, "fsdp"),
+    "qkv": PartitionSpec(None, "fsdp", None, "tensor", None),
+    "out": PartitionSpec(None, "tensor", None, "fsdp"),
+    "norm_2": PartitionSpec(None, "fsdp"),
+    "up": PartitionSpec(None, "fsdp", "tensor"),
+    "down": PartitionSpec(None, "tensor", "fsdp"),
+}
+batch_spec = PartitionSpec(("data", "fsdp"))
+
+
+def shardings_on(mesh):
+    return {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
+
+
+def init_params(key):
+    keys = jax.random.split(key, len(shapes))
+    return {
+        name: jnp.ones(shape) if "norm" in name else 0.08 * jax.random.normal(key, shape)
+        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
+
+
+# %% [markdown]
+# The model is written as for one device; XLA reads from the shardings who computes what.
+
+
+# %%
+def rms_norm(x, scale):
+    return scale * x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6)
+
+
+def logits_fn(params, tokens):
+    stacked = {name: x for name, x in params.items() if x.shape[0] == LAYERS}
+
+    def block(x, layer):
+        qkv = jnp.einsum("bld,dthk->tblhk", rms_norm(x, layer["norm_1"]), layer["qkv"])
+        attended = jax.nn.dot_product_attention(*qkv, is_causal=True)
+        x += jnp.einsum("blhk,hkd->bld", attended, layer["out"])
+        x += jax.nn.gelu(rms_norm(x, layer["norm_2"]) @ layer["up"]) @ layer["down"]
+        return x, None
+
+    x = params["embedding"][tokens] + params["positions"]
+    x, _ = jax.lax.scan(block, x, stacked)
+    return rms_norm(x, 1.0) @ params["embedding"].T
+
+
+def loss_fn(params, batch):
+    logits = logits_fn(params, batch[:, :-1])
+    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:]).mean()
+
+
+# %% [markdown]
+# ## The step
+#
+# `curvature_batch` takes every fourth sequence: each device keeps some of its own, and nothing
+# moves. `tx.init` under `jit` gives the state, and the params' shardings carry over to it: $m$ and
+# $h$ are made of the params, leaf by leaf.
+
+# %%
+tx = sophia_optax.sophia_g(5e-3, b1=0.9, gamma=0.1, update_interval=5)
+
+
+def train_step(params, state, batch, refresh=None):
+    loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+    part = sophia_optax.curvature_batch(batch, BATCH // 4)
+    hessian_fn = sophia_optax.gauss_newton_bartlett(lambda p: logits_fn(p, part[:, :-1]), params)
+    updates, state = tx.update(grads, state, params, hessian_fn=hessian_fn, refresh=refresh)
+    return optax.apply_updates(params, updates), state, loss
+
+
+def setup(mesh):
+    """The params and the state, each array born where it belongs, and the compiled step."""
+    params = jax.jit(init_params, out_shardings=shardings_on(mesh))(jax.random.key(0))
+    state = jax.jit(tx.init)(params)
+    here = jax.tree.map(lambda x: x.sharding, (params, state))
+    step = jax.jit(
+        train_step,
+        donate_argnums=(0, 1),
+        static_argnums=3,
+        out_shardings=(*here, NamedSharding(mesh, PartitionSpec())),
+    )
+    return params, state, step
+
+
+params, state, step = setup(mesh)
+
+# %% [markdown]
+# ## Where m and h live
+#
+# `up` of the first layer: its rows are cut over `fsdp`, its columns over `tensor`, and each part
+# has a copy on either side of `data`.
+
+# %%
+jax.debug.visualize_array_sharding(params["up"][0], scale=0.8)
+
+# %% [markdown]
+# Its curvature:
+
+# %%
+h = optax.tree.get(state, "nu")
+jax.debug.visualize_array_sharding(h["up"][0], scale=0.8)
+
+# %%
+m = optax.tree.get(state, "mu")
+for name, param in params.items():
+    assert m[name].sharding.is_equivalent_to(param.sharding, param.ndim)
+    assert h[name].sharding.is_equivalent_to(param.sharding, param.ndim)
+    part = param.addressable_shards[0].data
+    print(f"{name:10} {param.shape!s:18} {part.shape!s:18} on each device, for m and h as well")
+
+# %% [markdown]
+# ## Training, and the numbers of one device
+
+
+# %%
+def batch_number(i, mesh):
+    """Sequences that count upwards in steps of 1 to 4, modulo the vocabulary."""
+    rng = np.random.default_rng(i)
+    start, stride = rng.integers(0, VOCABULARY, BATCH), rng.integers(1, 5, BATCH)
+    tokens = (start[:, None] + stride[:, None] * np.arange(CONTEXT + 1)) % VOCABULARY
+    return jax.device_put(tokens, NamedSharding(mesh, batch_spec))
+
+
+def train(params, state, step, mesh, steps=30):
+    losses = []
+    for i in range(steps):
+        params, state, loss = step(params, state, batch_number(i, mesh))
+        losses.append(loss)
+    return params, state, np.array(losses)
+
+
+one_device = jax.make_mesh(
+    (1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
+)
+params, state, losses = train(params, state, step, mesh)
+_, state_of_one, losses_of_one = train(*setup(one_device), one_device)
+
+for i in (0, 9, 19, 29):
+    print(f"step {i:2}: 8 devices {losses[i]:.5f}, 1 device {losses_of_one[i]:.5f}")
+seen, seen_of_one = map(sophia_optax.diagnostics, (state, state_of_one))
+print(f"win rate: 8 devices {seen.win_rate:.4f}, 1 device {seen_of_one.win_rate:.4f}")
+np.testing.assert_allclose(losses, losses_of_one, rtol=1e-3)
+
+# %% [markdown]
+# The same to rounding, the curvature included: what is random in an estimate depends on the seed
+# and the step, not on the devices.
+#
+# ## What a refresh communicates
+#
+# XLA's program tells. `refresh=` fixes at compile time whether the step refreshes, so both kinds
+# can be compiled and their collectives counted. In brackets, the numbers that they make.
+
+# %%
+KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+
+
+def collectives(compiled):
+    """How often each collective stands in a program, and how many numbers these make."""
+    found = {}
+    for made, kind in re.findall(rf"= (\S.*?) ({KINDS})(?:-start)?\(", compiled.as_text()):
+        arrays = re.findall(r"\w+\[([\d,]*)\]", made)
+        numbers = sum(math.prod(int(n) for n in a.split(",") if n) for a in arrays)
+        count, total = found.get(kind, (0, 0))
+        found[kind] = (count + 1, total + numbers)
+    return found
+
+
+def show(without, with_refresh):
+    print(f"{'':20}{'without':>18}{'with a refresh':>18}")
+    for kind in sorted({*without, *with_refresh}):
+        cells = (f"{c} ({n:,})" for c, n in (x.get(kind, (0, 0)) for x in (without, with_refresh)))
+        print(f"{kind:20}" + "".join(f"{cell:>18}" for cell in cells))
+
+
+batch = batch_number(0, mesh)
+programs = [step.lower(params, state, batch, refresh).compile() for refresh in (False, True)]
+show(*map(collectives, programs))
+
+# %% [markdown]
+# A refresh runs the model forwards and backwards once more, on a quarter of the batch, and nearly
+# all that is new are the collectives of that pass. (One within the scan over the layers stands
+# there once and runs for each layer.) Sophia itself adds next to nothing. To see it, the update
+# alone, with an estimate that is there already:
+
+
+# %%
+def update_alone(params, state, grads, estimate, refresh):
+    updates, state = tx.update(
+        grads, state, params, hessian_fn=lambda key: estimate, refresh=refresh
+    )
+    return optax.apply_updates(params, updates), state
+
+
+here = jax.tree.map(lambda x: x.sharding, (params, state))
+alone = jax.jit(update_alone, static_argnums=4, out_shardings=here)
+arguments = (params, state, params, params)
+programs = [alone.lower(*arguments, refresh).compile() for refresh in (False, True)]
+show(*map(collectives, programs))
+
+# %% [markdown]
+# A few all-reduces of a handful of numbers: the counts that the win rate is made of, which also
+# tell whether the estimate is finite. Off a refresh the update communicates nothing.
+# (`tests/test_sharding.py` holds the library to both, on four layouts.)
+#
+# ## On a TPU pod
+#
+# The same program runs on a pod. Three things change, none of them in the step:
+#
+# 1. **The launch.** Every host runs the same script. On Cloud TPU, from your machine:
+#
+#    ```sh
+#    gcloud compute tpus tpu-vm ssh $NAME --worker=all --command="python train.py"
+#    ```
+#
+# 2. **The first lines.** In place of the two that make CPU devices:
+#
+#    ```python
+#    jax.distributed.initialize()  # a pod knows its hosts
+#    mesh = jax.make_mesh((jax.device_count() // 8, 8, 1), AXES, axis_types=(AxisType.Auto,) * 3)
+#    ```
+#
+# 3. **The batch.** Each host loads its own rows, and
+#    `jax.make_array_from_process_local_data(sharding, rows)` makes one global array of them.
+#
+# `examples/lm` in the repository is such a script, tested with two processes: `python -m
+# examples.lm train --hosts.auto --mesh.fsdp 8`. What it would cost on a pod is found ahead of time
+# and without a TPU by `python -m examples.lm plan`.
