@@ -77,6 +77,7 @@ def write(notebook: nbformat.NotebookNode, path: Path) -> None:
             if output.output_type == "execute_result":
                 output.execution_count = number
     notebook.metadata.language_info = {"name": "python"}
+    notebook.metadata.jupytext.pop("text_representation", None)  # of the .py alone
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     nbformat.write(notebook, path)
 
