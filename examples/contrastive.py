@@ -134,11 +134,5 @@ def captions() -> Task:
     return Task(init, loss, outputs, sophia_optax.categorical, scores)
 
 
-def main(config: vision.Config) -> None:
-    """Races."""
-    results = vision.race({"captions": captions()}, vision.digits(), config)
-    vision.report("contrastive", results, config)
-
-
 if __name__ == "__main__":
-    main(tyro.cli(vision.Config))
+    vision.main(tyro.cli(vision.Config), "contrastive", {"captions": captions})

@@ -569,20 +569,16 @@ class Config:
     out: Path = Path("runs")
 
 
-def report(name: str, results: dict[str, dict[str, Any]], config: Config) -> None:
-    """Prints the table; writes `name`.json and `name`.png into the config's folder."""
+def main(config: Config, name: str = "vision", tasks: dict[str, Callable] = TASKS) -> None:
+    """Races, prints the table, and writes `name`.json and `name`.png into the config's folder."""
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
+    whole = {**provenance(f"examples.{name}"), "settings": settings}
+    whole["versions"]["scikit-learn"] = sklearn.__version__
+    whole["results"] = results = race({n: make() for n, make in tasks.items()}, digits(), config)
     Console(width=160).print(table(results))
     config.out.mkdir(parents=True, exist_ok=True)
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()}
-    whole = {**provenance(f"examples.{name}"), "settings": settings, "results": results}
-    whole["versions"]["scikit-learn"] = sklearn.__version__
     (config.out / f"{name}.json").write_text(json.dumps(whole, indent=1) + "\n")
     plot(results).savefig(config.out / f"{name}.png", dpi=120)
-
-
-def main(config: Config) -> None:
-    """Races on both tasks."""
-    report("vision", race({name: make() for name, make in TASKS.items()}, digits(), config), config)
 
 
 if __name__ == "__main__":

@@ -183,6 +183,14 @@ ALL = tuple(range(PAIRS))
 PADDED = jnp.array([1.0, 1.0, 1.0, 1.0, 0.0])
 
 
+def test_the_loss_is_the_mean_over_both_directions_without_duplicates():
+    z = np.asarray(similarity(TOWERS), np.float64)
+    wrong = np.not_equal.outer(DIGITS, DIGITS) | np.eye(PAIRS, dtype=bool)
+    rows, columns = (np.log(np.sum(np.exp(z), axis=axis, where=wrong)) for axis in (1, 0))
+    expected = 0.5 * np.mean(rows - np.diagonal(z)) + 0.5 * np.mean(columns - np.diagonal(z))
+    np.testing.assert_allclose(loss_of(DIGITS)(jnp.asarray(z)), expected, rtol=1e-5)
+
+
 def test_rows_and_columns_give_the_gauss_newton_matrix_of_both_directions():
     samples = estimated()
     oracles.assert_unbiased(samples, exact(ALL))
@@ -279,13 +287,17 @@ def test_an_optimum_beyond_the_grid_is_found_and_the_tries_are_counted():
     start = {"learning_rate": 1.0, "gamma": 1.0}
 
     def loss_of_point(point):
-        return (np.log(point["learning_rate"]) - 3) ** 2 + np.log(point["gamma"]) ** 2
+        return (np.log(point["learning_rate"]) - 5) ** 2 + np.log(point["gamma"]) ** 2
 
-    found = vision.tune(start, 16, loss_of_point)
-    assert len(found["tried"]) == 16
-    assert not found["open"]
-    assert abs(np.log(found["point"]["learning_rate"]) - 3) <= np.log(vision.RUNG) / 2
+    def error(found):
+        return abs(np.log(found["point"]["learning_rate"]) - 5) / np.log(vision.RUNG)
+
     assert vision.tune(start, 9, loss_of_point)["open"]
+    assert error(vision.tune(start, 13, loss_of_point)) < 1  # in steps of two rungs
+    found = vision.tune(start, 20, loss_of_point)
+    assert len(found["tried"]) == 20
+    assert not found["open"]
+    assert error(found) <= 0.5
 
 
 def test_a_run_that_diverges_is_never_the_best():
@@ -354,8 +366,7 @@ def test_all_get_more_tries_while_one_is_at_an_edge_and_the_report_is_written(
 
     monkeypatch.setattr(vision, "compiled", compiled)
     config = vision.Config(optimizers=("adamw", "sophia_g"), tries=9, seeds=(0, 1), out=tmp_path)
-    results = vision.race({"classes": None}, {}, config)
-    vision.report("vision", results, config)
+    vision.main(config, "vision", {"classes": lambda: None})
     assert "sophia_g" in capsys.readouterr().out
     written = json.loads((tmp_path / "vision.json").read_text())
     assert {"command", "commit", "versions", "settings", "results"} <= set(written)
