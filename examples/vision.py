@@ -223,13 +223,14 @@ def blocks_matrices(params: Params) -> Params:
 
 def adamw(schedule: optax.Schedule, h: Point, seed: Any) -> optax.GradientTransformation:
     """AdamW."""
-    return optax.adamw(schedule, h["b1"], 0.99, weight_decay=WEIGHT_DECAY, mask=is_matrix)
+    return optax.adamw(schedule, h["b1"], h["b2"], weight_decay=WEIGHT_DECAY, mask=is_matrix)
 
 
 def muon(schedule: optax.Schedule, h: Point, seed: Any) -> optax.GradientTransformation:
     """Muon on the blocks' matrices, AdamW on the rest at a rate of its own."""
     return optax.contrib.muon(
         schedule,
+        beta=h["beta"],
         weight_decay=WEIGHT_DECAY,
         weight_decay_mask=is_matrix,
         adam_b2=0.99,
@@ -244,7 +245,7 @@ def sophia(schedule: optax.Schedule, h: Point, seed: Any) -> optax.GradientTrans
     target = "win_rate" in h
     return sophia_optax.sophia_g(
         schedule,
-        b1=0.9,
+        b1=h["b1"],
         b2=0.9,
         gamma=sophia_optax.win_rate_target(h["win_rate"]) if target else h["gamma"],
         update_interval=INTERVAL,
@@ -289,11 +290,13 @@ class Optimizer:
 
 
 OPTIMIZERS = {
-    "adamw": Optimizer(adamw, no_curvature, {"learning_rate": 1e-2, "b1": 0.9}),
-    "muon": Optimizer(muon, no_curvature, {"learning_rate": 2e-2, "adam_rate": 1e-2}),
-    "sophia_g": Optimizer(sophia, gauss_newton, {"learning_rate": 3e-3, "gamma": 0.05}),
-    "sophia_g_target": Optimizer(sophia, gauss_newton, {"learning_rate": 3e-3, "win_rate": 0.3}),
-    "sophia_h": Optimizer(sophia, hutchinson, {"learning_rate": 3e-3, "gamma": 0.01}),
+    "adamw": Optimizer(adamw, no_curvature, {"learning_rate": 1e-2, "b1": 0.9, "b2": 0.99}),
+    "muon": Optimizer(muon, no_curvature, {"learning_rate": 2e-2, "adam_rate": 1e-2, "beta": 0.95}),
+    "sophia_g": Optimizer(sophia, gauss_newton, {"learning_rate": 5e-3, "gamma": 0.05, "b1": 0.9}),
+    "sophia_g_target": Optimizer(
+        sophia, gauss_newton, {"learning_rate": 5e-3, "win_rate": 0.3, "b1": 0.9}
+    ),
+    "sophia_h": Optimizer(sophia, hutchinson, {"learning_rate": 5e-3, "gamma": 0.01, "b1": 0.9}),
 }
 
 
@@ -370,7 +373,7 @@ RUNG = math.sqrt(3)
 def rung(name: str, start: float, number: int) -> float:
     """The value so many rungs above the start; two rungs are a factor of three."""
     factor = RUNG**number
-    if name == "b1":
+    if name in {"b1", "b2", "beta"}:
         return 1 - min(1.0, (1 - start) * factor)
     if name == "win_rate":
         odds = start / (1 - start) * factor
@@ -379,7 +382,9 @@ def rung(name: str, start: float, number: int) -> float:
 
 
 def tune(start: Point, tries: int, loss_of: Callable[[Point], float]) -> dict[str, Any]:
-    """Nine points of a coarse grid, then the neighbours of the best so far until tries are spent.
+    """Nine points of a grid, then the neighbours of the best so far until tries are spent.
+
+    The grid is over the first two hyperparameters; the others join with the neighbours.
 
     A neighbour is two rungs away where nothing was tried yet on that side of the best, near it in
     the other hyperparameters; else one. (Once those are all worse, what lies around them.) So an
@@ -419,7 +424,8 @@ def tune(start: Point, tries: int, loss_of: Callable[[Point], float]) -> dict[st
         rest = [tuple(map(sum, zip(best(), move, strict=True))) for move in moves]
         return [at for at in far + near + rest if at not in tried][:1]
 
-    queue = list(itertools.product((-2, 0, 2), repeat=len(start)))
+    coarse = [(-2, 0, 2)] * 2 + [(0,)] * (len(start) - 2)
+    queue = list(itertools.product(*coarse[: len(start)]))
     while queue and len(tried) < tries:
         at = queue.pop(0)
         loss = loss_of(point(at))
@@ -564,7 +570,7 @@ class Config:
 
     optimizers: tuple[Name, ...] = ("adamw", "muon", "sophia_g", "sophia_g_target", "sophia_h")
     steps: int = 200
-    tries: int = 14
+    tries: int = 20
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     out: Path = Path("runs")
 
