@@ -42,7 +42,7 @@ def test_two_processes_have_the_params_and_the_state_of_one(tmp_path: Path) -> N
             worker.kill()
     first, second, alone = ({**np.load(output)} for output in outputs)
     assert first.keys() == second.keys() == alone.keys()
-    assert len(first) == 2 + 4 + 2 + 2  # params, scalars, m, h
+    assert len(first) == 2 + 5 + 2 + 2  # params, scalars, m, h
     for name in first:
         np.testing.assert_array_equal(first[name], second[name], err_msg=name)
         np.testing.assert_allclose(first[name], alone[name], rtol=1e-5, atol=1e-6, err_msg=name)
