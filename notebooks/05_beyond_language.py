@@ -489,8 +489,8 @@ if tables:
 #
 # This is the second search. In the first, with 14 to 18 tries from another start, Sophia's momentum
 # stayed at 0.9. That was changed after its test losses were seen, as AdamW, whose momentum was
-# tuned, had chosen less. Sophia-G had test losses of 0.676, 0.575 and 0.265 on the three tasks then,
-# AdamW 0.645, 0.564 and 0.182 (the files in `benchmarks/results` at commit ff78ce8).
+# tuned, had chosen less. Sophia-G had test losses of 0.676, 0.575 and 0.265 then on the three
+# tasks, AdamW 0.645, 0.564 and 0.182 (the files in `benchmarks/results` at commit ff78ce8).
 #
 # ### Is a win rate easier to tune?
 #
