@@ -109,6 +109,7 @@ def average_flops(regime: str, name: str) -> float:
 
 def race(config: RaceConfig) -> None:
     """Runs what is missing and writes the tables and the plot."""
+    origin = provenance("benchmarks.lm_race")
     journal = Journal(None if config.quick else config.runs)
     corpus = data.load("stdlib")
     for regime in config.regimes:
@@ -126,7 +127,7 @@ def race(config: RaceConfig) -> None:
     settings = {name: dataclasses.asdict(REGIMES[name]) for name in config.regimes}
     ladders = {name: entrant.grid for name, entrant in ENTRANTS.items()}
     result = {
-        **provenance("benchmarks.lm_race"),
+        **origin,
         "regimes": settings,
         "grids": ladders,
         "ladders": LADDERS,

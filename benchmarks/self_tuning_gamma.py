@@ -137,6 +137,7 @@ def main(config: GammaConfig) -> None:
     """Runs what is missing and writes the tables and the plot."""
     if config.quick:
         config = replace(config, steps=10, tries=2, seeds=(0,))
+    origin = provenance("benchmarks.self_tuning_gamma")
     journal = Journal(None if config.quick else config.runs)
     corpus = data.load("stdlib")
     shapes = [(w, b) for b in BATCHES for w in WIDTHS][: 1 if config.quick else None]
@@ -145,7 +146,7 @@ def main(config: GammaConfig) -> None:
         return
     stem = f"self_tuning_gamma_{config.optimizer}"
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(config).items()}
-    result = {**provenance("benchmarks.self_tuning_gamma"), "settings": settings, "cells": cells}
+    result = {**origin, "settings": settings, "cells": cells}
     (RESULTS / f"{stem}.json").write_text(json.dumps(result, indent=2) + "\n")
     plot(cells, RESULTS / f"{stem}.png")
 
