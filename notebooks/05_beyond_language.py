@@ -155,6 +155,8 @@ for alpha in (0.0, 0.1):
     print(f"α = {alpha}: accuracy {right.mean():.3f} on held-out images")
 
 # %%
+alphas = jnp.array([0.0, 0.1])
+structure, params = nnx.split(models[0.1], nnx.Param)
 
 
 @functools.partial(jax.jit, static_argnames="count")
@@ -172,8 +174,6 @@ def traces(params, key, count):
     return jnp.mean(jax.lax.map(once, jax.random.split(key, 100)), axis=0)
 
 
-alphas = jnp.array([0.0, 0.1])
-structure, params = nnx.split(models[0.1], nnx.Param)
 for count in (16, 256):
     right, wrong = traces(params, jax.random.key(0), count)
     print(f"batch of {count:3}: trace {right:.1f}; through the smoothed loss {wrong:.1f}")
