@@ -62,6 +62,7 @@ class Outcome:
       win_rates: at each refresh, for a Sophia.
       gammas: at each refresh, for a Sophia.
       training: the mean training loss of each twentieth of the run.
+      more: what else the runner keeps, at each refresh.
     """
 
     loss: float
@@ -69,6 +70,7 @@ class Outcome:
     win_rates: list[float]
     gammas: list[float]
     training: list[float]
+    more: dict[str, list[float]] = field(default_factory=dict)
 
 
 def cosine(step: Any, peak: Any, warmup: Any, steps: Any) -> jax.Array:
@@ -135,9 +137,17 @@ class Runner:
         updates, opt_state = tx.update(grads, opt_state, params, **extra_args)
         metrics = {"loss": loss}
         if "hessian_fn" in extra_args:
-            found = sophia_optax.diagnostics(opt_state)
-            metrics |= {"win_rate": found.win_rate, "gamma": found.gamma}
+            metrics |= self.diagnostics(opt_state)
         return (optax.apply_updates(params, updates), opt_state), metrics
+
+    def due(self, step: int) -> bool:
+        """Whether the curvature is estimated in a step."""
+        return step % self.setting.update_interval == 0
+
+    def diagnostics(self, opt_state: Any) -> dict[str, Any]:
+        """What is kept of a Sophia's state at each refresh."""
+        found = sophia_optax.diagnostics(opt_state)
+        return {"win_rate": found.win_rate, "gamma": found.gamma}
 
     def flops(self, **hyperparameters: Any) -> float:
         """XLA's count for an average step; it does not depend on the hyperparameters' values."""
@@ -186,7 +196,7 @@ class Runner:
         losses, seen = [], []
         start = time.perf_counter()
         for number in range(steps):
-            refresh = number % self.setting.update_interval == 0
+            refresh = self.due(number)
             state, metrics = self.step(state, next(batches), traced, refresh=refresh)
             losses.append(metrics["loss"])
             if refresh:
@@ -201,4 +211,9 @@ class Runner:
             win_rates=[float(m["win_rate"]) for m in seen if "win_rate" in m],
             gammas=[float(m["gamma"]) for m in seen if "gamma" in m],
             training=[float(part.mean()) for part in np.array_split(training, min(20, steps))],
+            more={
+                name: [float(m[name]) for m in seen]
+                for name in (seen[0] if seen else {})
+                if name not in ("loss", "win_rate", "gamma")
+            },
         )
