@@ -144,7 +144,7 @@ def changed_sophia(
         return jnp.maximum(h.gamma * jnp.maximum(curvature, change.floor * mean), 1e-12)
 
     def update(
-        grads: Any,
+        updates: Any,
         state: Any,
         params: Any = None,
         *,
@@ -152,7 +152,7 @@ def changed_sophia(
         refresh: Any = None,
         **_: Any,
     ) -> Any:
-        nu, refreshes = state.nu, state.refreshes
+        grads, nu, refreshes = updates, state.nu, state.refreshes
         if refresh:
             key = jax.random.fold_in(jax.random.key(0), state.count)
             power = 2 if change.square else 1
@@ -171,7 +171,9 @@ def changed_sophia(
         size = sum(leaf.size for leaf in jax.tree.leaves(us))
         rate = optax.tree.sum(free) / size if refresh else state.win_rate
         us = jax.tree.map(
-            lambda u, p, decays, f: -schedule(state.count) * f * (u + h.weight_decay * decays * p),
+            lambda u, p, decays, f: (
+                -jnp.asarray(schedule(state.count)) * f * (u + h.weight_decay * decays * p)
+            ),
             us,
             params,
             is_matrix(params),
@@ -210,17 +212,15 @@ class ChangedRunner(Runner):
     ):
         self.change, self.other, self.watch = change, other, watch
         row = ENTRANTS[name].row
-        extra_args = row.extra_args
-        if change.probes > 1:
 
-            def extra_args(forward: Any, params: Any, batch: Any) -> dict[str, Any]:
-                one = row.extra_args(forward, params, batch)["hessian_fn"]
+        def extra_args(forward: Any, params: Any, batch: Any) -> dict[str, Any]:
+            one = row.extra_args(forward, params, batch)["hessian_fn"]
 
-                def mean(key: jax.Array) -> Any:
-                    keys = jax.random.split(key, change.probes)
-                    return jax.tree.map(lambda x: x.mean(0), jax.lax.map(one, keys))
+            def mean(key: jax.Array) -> Any:
+                keys = jax.random.split(key, change.probes)
+                return jax.tree.map(lambda x: x.mean(0), jax.lax.map(one, keys))
 
-                return {"hessian_fn": mean}
+            return {"hessian_fn": one if change.probes == 1 else mean}
 
         super().__init__(Optimizer(self.build, extra_args, row.tiny, row.large), setting)
 
@@ -256,7 +256,7 @@ class ChangedRunner(Runner):
 
         def mean(chosen: Any, of: Callable[[Any, Any], Any]) -> jax.Array:
             total = jax.tree.map(lambda c, u, h: jnp.sum(c * of(u, h)), chosen, u, h)
-            return optax.tree.sum(total) / optax.tree.sum(jax.tree.map(jnp.sum, chosen))
+            return jnp.divide(optax.tree.sum(total), optax.tree.sum(chosen))
 
         for kind in KINDS:
             chosen = in_kind(kind, nu)
@@ -380,7 +380,7 @@ def plot(rows: list[dict[str, Any]], tables: dict[str, Any], path: Path) -> None
         axes[0].legend(fontsize=7)
         axes[1].set(title="mean h", xlabel="step", yscale="log")
         for offset, (warmup, color) in enumerate(((SHORT, "C3"), (LONG, "C0"))):
-            for place, (name, points) in enumerate(tables["instead"][optimizer].items()):
+            for place, points in enumerate(tables["instead"][optimizer].values()):
                 means = {p: np.mean(v) for p, v in points.items() if f"warmup {warmup}," in p}
                 best = min(means, key=lambda p: means[p])
                 losses = points[best]
