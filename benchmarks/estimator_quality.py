@@ -1,7 +1,7 @@
 """How far the curvature estimators are from the exact diagonal, and what they cost.
 
     python -m benchmarks.estimator_quality            # about ten minutes of one CPU core
-    python -m benchmarks.estimator_quality --quick    # under two minutes; writes to runs/
+    python -m benchmarks.estimator_quality --quick    # under two minutes of it; writes to runs/
 
 A small transformer is trained on bytes with Sophia-G. At its last params, on one batch that it has
 not seen, the diagonals of the Hessian and of the Gauss-Newton matrix are computed exactly, one
@@ -500,6 +500,7 @@ def plot(rows: list[Row], differences: dict[str, Row], path: Path) -> None:
     figure, grid = plt.subplots(2, 2, figsize=(12, 8.5), layout="constrained")
     longest = max(r["refreshes"] for r in rows if r["data"] == "reference")
     own = [r for r in rows if r["data"] == "reference" and r["target"] == TARGETS[r["estimator"]]]
+    costs = sorted(r["cost"] for r in own)
     for axes, refreshes in zip(grid[0], (1, longest), strict=True):
         for index, name in enumerate(ESTIMATORS):
             of = [r for r in own if r["estimator"] == name and r["refreshes"] == refreshes]
@@ -512,13 +513,18 @@ def plot(rows: list[Row], differences: dict[str, Row], path: Path) -> None:
                     [100 * r["errors"]["all"]["flips"] for r in chosen],
                     style, color=f"C{index}", ms=4, label=name if style == "o-" else None,
                 )  # fmt: skip
-        axes.set(xscale="log", ylim=(0, 55), xlabel="cost of a refresh, gradients")
+        axes.set(xscale="log", xlim=(0.8 * costs[0], 1.25 * costs[-1]), ylim=(0, 55))
+        axes.set_xlabel("cost of a refresh, gradients on the whole batch")
         axes.set(ylabel="verdicts that differ (%)")
         axes.axhline(50, color="gray", lw=0.8, ls="--")
+        axes.annotate("a coin", (costs[-1], 51), ha="right")
+        ticks = [t for t in 2.0 ** np.arange(-4, 8) if costs[0] / 2 <= t <= 2 * costs[-1]]
+        axes.set_xticks(ticks, [f"{t:g}" if t >= 1 else f"1/{1 / t:g}" for t in ticks])
+        axes.minorticks_off()
         axes.grid(alpha=0.25)
     grid[0, 0].set_title("one estimate  (solid: probes; dotted: parts of the batch)")
     grid[0, 1].set_title(f"the average of {longest} refreshes, b2 = {B2}")
-    grid[0, 1].legend(fontsize="small")
+    grid[0, 1].legend(fontsize="small", loc="center right")
     names = ["all", *KINDS]
     places = np.arange(len(names))
     for index, name in enumerate(ESTIMATORS):
@@ -537,7 +543,8 @@ def plot(rows: list[Row], differences: dict[str, Row], path: Path) -> None:
         heights = [100 * differences[kind][key] for kind in names]
         grid[1, 1].bar(places + offset, heights, 0.4, color=f"C{4 + (offset > 0)}", label=label)
     grid[1, 1].set(title="the exact diagonals beside each other", ylabel="share (%)")
-    grid[1, 1].legend(fontsize="small")
+    grid[1, 1].legend(fontsize="small", loc="upper left")
+    grid[1, 1].set_ylim(top=1.25 * grid[1, 1].get_ylim()[1])
     for axes in grid[1]:
         axes.set_xticks(places, names, rotation=35, ha="right", fontsize="small")
         axes.grid(alpha=0.25, axis="y")
