@@ -1,19 +1,25 @@
 """How many steps each optimizer needs to reach the loss of a tuned AdamW.
 
-    python -m benchmarks.lm_race [--quick] [--regimes small large]
+    python -m benchmarks.lm_race [--quick] [--regimes small large] [--tables-only]
 
 Every entrant is tuned with the same number of tries (`entrants.py`) on the `tune` split and a seed
 of its own. Then its best point is run at several budgets, each with its own full decay of the
 learning rate, on other seeds, and judged on the `validation` split. Runs are appended to
 `results/lm_race.jsonl` as they end, and what is there is not run again, so that the race can be
-stopped and continued; `results/lm_race.json` holds the tables and `lm_race.png` the plot.
+stopped and continued; `results/lm_race.json` holds the tables and `lm_race.png` the plot. A step's
+seconds are measured for the tables, all entrants in turn, so let nothing else run then.
 """
 
 import dataclasses
+import functools
+import itertools
 import json
+import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import tyro
 
 from benchmarks import race_table
@@ -61,6 +67,7 @@ class RaceConfig:
       quick: a few steps of each, to see that it runs; writes no results.
       runs: the file of finished runs.
       tune_only: stop after tuning.
+      tables_only: run nothing; tabulate the entrants that have finished a regime.
     """
 
     regimes: tuple[str, ...] = tuple(REGIMES)
@@ -68,6 +75,7 @@ class RaceConfig:
     quick: bool = False
     runs: Path = RESULTS / "lm_race.jsonl"
     tune_only: bool = False
+    tables_only: bool = False
 
 
 def enter(
@@ -107,24 +115,61 @@ def average_flops(regime: str, name: str) -> float:
     return plain + (count - plain) / setting.update_interval
 
 
+def seconds_over_adamw(regime: str, names: list[str], rounds: int = 5) -> dict[str, float]:
+    """Medians of an average step's seconds over AdamW's in the same round, refreshes included."""
+    setting = REGIMES[regime].setting
+    tokens = np.zeros((setting.batch_size, setting.model.context + 1), np.int32)
+    steps: dict[str, Callable[[], float]] = {}
+    for name in names:
+        runner = Runner(ENTRANTS[name].row, setting)
+        values = {hyper: grid[0] for hyper, grid in ENTRANTS[name].grid.items()}
+        steps[name] = functools.partial(
+            runner.seconds, [runner.init(0)], tokens, runner.traced(100, **values)
+        )
+    for step in steps.values():
+        step()  # compiles
+    ratios: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(rounds):
+        taken = {name: step() for name, step in steps.items()}
+        for name in names:
+            ratios[name].append(taken[name] / taken["adamw"])
+    return {name: statistics.median(list_) for name, list_ in ratios.items()}
+
+
+def finished(journal: Journal, regime: str, name: str) -> bool:
+    """Whether an entrant has run at every budget and seed."""
+    setup = REGIMES[regime]
+    raced = {
+        (row["key"]["steps"], row["key"]["seed"])
+        for row in journal.rows
+        if (row["key"]["regime"], row["key"]["entrant"]) == (regime, name)
+        and row["key"]["split"] == "validation"
+    }
+    return raced >= set(itertools.product(setup.budgets, setup.seeds))
+
+
 def race(config: RaceConfig) -> None:
     """Runs what is missing and writes the tables and the plot."""
     origin = provenance("benchmarks.lm_race")
     journal = Journal(None if config.quick else config.runs)
-    corpus = data.load("stdlib")
-    for regime in config.regimes:
-        for name in config.entrants:
-            enter(config, journal, corpus, regime, name)
+    if not config.tables_only:
+        corpus = data.load("stdlib")
+        for regime in config.regimes:
+            for name in config.entrants:
+                enter(config, journal, corpus, regime, name)
     if config.quick or config.tune_only:
         return
-    flops = {
-        (regime, name): average_flops(regime, name)
+    pairs = itertools.product(config.regimes, config.entrants)
+    done = [pair for pair in pairs if finished(journal, *pair)]
+    flops = {pair: average_flops(*pair) for pair in done}
+    seconds = {
+        (regime, name): ratio
         for regime in config.regimes
-        for name in config.entrants
+        for name, ratio in seconds_over_adamw(regime, [n for r, n in done if r == regime]).items()
     }
-    chosen = [row for row in journal.rows if row["key"]["entrant"] in config.entrants]
-    summary = race_table.summarize(chosen, flops)
-    settings = {name: dataclasses.asdict(REGIMES[name]) for name in config.regimes}
+    chosen = [row for row in journal.rows if (row["key"]["regime"], row["key"]["entrant"]) in done]
+    summary = race_table.summarize(chosen, flops, seconds)
+    settings = {name: dataclasses.asdict(REGIMES[name]) for name in summary}
     ladders = {name: entrant.grid for name, entrant in ENTRANTS.items()}
     result = {
         **origin,

@@ -55,16 +55,19 @@ def advantage(rows: list[Row], adamw: list[Row], budget: int) -> dict[str, Any]:
     }
 
 
-def summarize(rows: list[Row], flops: dict[tuple[str, str], float]) -> dict[str, Any]:
+def summarize(
+    rows: list[Row], flops: dict[tuple[str, str], float], seconds: dict[tuple[str, str], float]
+) -> dict[str, Any]:
     """The tables, by regime and entrant.
 
     Args:
       rows: the journal's.
       flops: of an average step, by regime and entrant.
+      seconds: of an average step over AdamW's, by regime and entrant.
 
     Returns:
       For each regime and entrant: the tuned point, the losses by budget, the mean and the spread
-      over seeds, the advantage over AdamW in steps, and that in FLOPs.
+      over seeds, the advantage over AdamW in steps, in FLOPs and in seconds.
     """
     out: dict[str, Any] = {}
     raced = [row for row in rows if row["key"]["split"] == "validation"]
@@ -79,11 +82,13 @@ def summarize(rows: list[Row], flops: dict[tuple[str, str], float]) -> dict[str,
             tried = [r for r in tuning if r["key"]["entrant"] == name and r not in mine]
             budgets, losses = losses_by_seed(mine)
             relative = flops[regime, name] / flops[regime, "adamw"]
+            slower = seconds[regime, name]
             advantages = {}
             for budget in budgets[1:]:
                 advantages[str(budget)] = advantage(mine, adamw, int(budget))
                 ratio = advantages[str(budget)]["ratio"]
                 advantages[str(budget)]["ratio_flops"] = ratio and ratio / relative
+                advantages[str(budget)]["ratio_seconds"] = ratio and ratio / slower
             best = min(tried, key=lambda row: row["loss"])
             fixed = ("regime", "entrant", "steps", "seed", "split")
             out[regime][name] = {
@@ -93,6 +98,7 @@ def summarize(rows: list[Row], flops: dict[tuple[str, str], float]) -> dict[str,
                 "losses": {str(b): losses[:, i].tolist() for i, b in enumerate(budgets)},
                 "means": {str(b): float(losses[:, i].mean()) for i, b in enumerate(budgets)},
                 "flops_over_adamw": relative,
+                "seconds_over_adamw": slower,
                 "win_rate": _mean_win_rate(mine),
                 "steps_adamw_over_steps": advantages,
             }

@@ -149,6 +149,14 @@ class Runner:
         found = sophia_optax.diagnostics(opt_state)
         return {"win_rate": found.win_rate, "gamma": found.gamma}
 
+    def seconds(self, held: list[Any], batch: Any, traced: dict[str, jax.Array]) -> float:
+        """Seconds of an average step over one interval; `held` is the state before and after."""
+        start = time.perf_counter()
+        for number in range(self.setting.update_interval):
+            held[0], _ = self.step(held[0], batch, traced, refresh=self.due(number))
+        jax.block_until_ready(held[0])
+        return (time.perf_counter() - start) / self.setting.update_interval
+
     def flops(self, **hyperparameters: Any) -> float:
         """XLA's count for an average step; it does not depend on the hyperparameters' values."""
         shape = self.setting.batch_size, self.model.context + 1

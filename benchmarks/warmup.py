@@ -6,8 +6,8 @@ Three questions, on the small regime of `lm_race`, at its tuned points, judged o
 
 * where: warm-up is short for one kind of params and long for the others, and the other way round;
 * what: the win rate and the curvature of every kind, refresh by refresh, with either warm-up;
-* instead: changes to the algorithm that might do without, each at both warm-ups and three learning
-  rates, beside the algorithm as it is.
+* instead: changes to the algorithm that might do without, each at both warm-ups and several
+  learning rates, beside the algorithm as it is.
 
 Runs are kept as those of `lm_race` are, in `results/warmup.jsonl`; `results/warmup.json` holds the
 tables and `warmup.png` the plot.
@@ -44,7 +44,7 @@ TUNED: dict[str, Point] = {
     "sophia_h": {"learning_rate": 4e-3, "gamma": 0.02, "b1": 0.7},
     "sophia_g": {"learning_rate": 3e-3, "gamma": 0.1, "b1": 0.8},
 }
-RATES = {"sophia_h": (3e-3, 4e-3, 6e-3), "sophia_g": (2e-3, 3e-3, 4e-3)}
+RATES = {"sophia_h": (3e-3, 4e-3, 6e-3, 8e-3), "sophia_g": (2e-3, 3e-3, 4e-3, 6e-3)}
 
 
 # --- kinds of params ------------------------------------------------------------------------------
