@@ -1,6 +1,6 @@
 """AdamW, Sophia-G and Sophia-H on a GPU: losses, step times as ratios, memory, MFU.
 
-    python -m benchmarks.gpu_run
+    python -m benchmarks.gpu_run [--quick]
 
 Each run is one `python -m examples.lm train`. A command stops after `--seconds` with exit code 3
 and its run saved; the same command goes on there, and has finished once it exits with 0. Writes
@@ -118,14 +118,22 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=540, help="for this command")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
     parser.add_argument("--results", type=Path, default=RESULTS / "gpu_run.json")
-    return parser.parse_args()
+    parser.add_argument("--quick", action="store_true", help="two tiny runs, to see that it works")
+    config = parser.parse_args()
+    if config.quick:
+        config.model, config.data, config.tokenizer = "tiny", "stdlib", "bytes"
+        config.steps = config.variant_steps = 12
+        config.batch_size, config.curvature_batch = 2, 1
+        config.out, config.results = Path("runs/gpu-quick"), Path("runs/gpu_run.json")
+    return config
 
 
 def main() -> int:
     """Runs what is missing, as far as the time goes, and writes the results."""
     config, started = arguments(), time.monotonic()
     prepare(config.out / "tokens", config.data, config.tokenizer)
-    runs = {name: (name, []) for name in ("adamw", "sophia_g", "sophia_h")} | VARIANTS
+    names = ("adamw", "sophia_g") if config.quick else ("adamw", "sophia_g", "sophia_h")
+    runs = {name: (name, []) for name in names} | ({} if config.quick else VARIANTS)
     result: dict[str, Any] = {**provenance("benchmarks.gpu_run"), "runs": {}, "failed": {}}
     for name, (optimizer, flags) in runs.items():
         folder = config.out / re.sub(r"\W+", "-", name)

@@ -1,16 +1,14 @@
 """The comparison of `examples.lm` on several seeds: one table, one plot.
 
-    python -m benchmarks.lm_compare
+    python -m benchmarks.lm_compare [--quick]
 
 Each seed is one `python -m examples.lm compare`; those whose summary is there already are not run
 again. Writes `benchmarks/results/lm_compare.json` and `.png`.
 """
 
 import json
-import platform
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +18,18 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from benchmarks.provenance import RESULTS, provenance
+
 SEEDS = (0, 1, 2)
-RESULTS = Path("benchmarks/results")
+QUICK_STEPS = 20
 
 
-def run(seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def run(seed: int, quick: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """One comparison's summary and metrics."""
-    folder = Path(f"runs/seed-{seed}")
+    folder = Path(f"runs/{'quick' if quick else 'seed'}-{seed}")
     if not (folder / "summary.json").exists():
         arguments = ["compare", "--seed", str(seed), "--out", str(folder)]
+        arguments += ["--steps", str(QUICK_STEPS)] if quick else []
         subprocess.run([sys.executable, "-m", "examples.lm", *arguments], check=True)
     metrics = (folder / "metrics.jsonl").read_text().splitlines()
     return json.loads((folder / "summary.json").read_text()), [json.loads(m) for m in metrics]
@@ -83,21 +84,22 @@ def plot(metrics: list[list[dict[str, Any]]], bigram_loss: float, path: Path) ->
 
 
 def main() -> None:
-    """Runs what is missing and writes the results."""
-    summaries, metrics = zip(*map(run, SEEDS), strict=True)
+    """Runs what is missing and writes the results; with `--quick`, a few steps, to runs/."""
+    quick = "--quick" in sys.argv[1:]
+    seeds, results = (SEEDS[:1], Path("runs")) if quick else (SEEDS, RESULTS)
+    origin = provenance("benchmarks.lm_compare")
+    summaries, metrics = zip(*(run(seed, quick) for seed in seeds), strict=True)
     bigram_loss = summaries[0]["bigram_loss"]
     result = {
-        "command": "python -m benchmarks.lm_compare",
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("jax", "optax", "flax")},
-        "seeds": SEEDS,
+        **origin,
+        "seeds": seeds,
         "bigram_loss": bigram_loss,
         "hyperparameters": summaries[0]["hyperparameters"],
         "optimizers": table(list(summaries)),
     }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "lm_compare.json").write_text(json.dumps(result, indent=2) + "\n")
-    plot(list(metrics), bigram_loss, RESULTS / "lm_compare.png")
+    results.mkdir(parents=True, exist_ok=True)
+    (results / "lm_compare.json").write_text(json.dumps(result, indent=2) + "\n")
+    plot(list(metrics), bigram_loss, results / "lm_compare.png")
     print(json.dumps(result["optimizers"], indent=2))
 
 

@@ -1,7 +1,7 @@
 """What a training step costs on TPU pods from 4 chips to 256, compiled ahead of time.
 
     pip install -e '.[examples,tpu]'
-    python -m benchmarks.pod_cost
+    python -m benchmarks.pod_cost [--quick]
 
 No TPU is needed. Each row is one `python -m examples.lm plan`, of a minute or more; those that are
 in `benchmarks/results/pod_cost.json` already are not compiled again. Draws `pod_cost.png` as well.
@@ -158,7 +158,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    """Compiles what is missing and writes the results."""
+    """Compiles what is missing and writes the results; with `--quick`, shows one small plan."""
+    if "--quick" in sys.argv[1:]:
+        print(json.dumps(planned(Setting("sophia_g", TOPOLOGIES[4], model="tiny"))))
+        return
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / "pod_cost.json"
     rows = json.loads(path.read_text())["plans"] if path.exists() else []

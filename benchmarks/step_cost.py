@@ -1,7 +1,7 @@
 """What a step costs: AdamW, Lion, Muon, optax.contrib.sophia, Sophia-H and Sophia-G, 1M to 1.5B.
 
     python -m benchmarks.step_cost            # what is not in the results yet
-    python -m benchmarks.step_cost --quick    # under two minutes; writes step_cost_quick.json
+    python -m benchmarks.step_cost --quick    # under two minutes; writes to runs/
 
 What does not vary is read from compiled programs: memory traffic, temporaries and copies of the
 update alone, on this machine's CPU and, with the extra `tpu`, on a TPU that is not there; FLOPs and
@@ -67,7 +67,6 @@ class Scope:
       shares: parts of the batch that an estimate sees, as 1 / these.
       probes: of Sophia-H.
       rounds: of the timings.
-      file: of the results.
     """
 
     compiled: tuple[str, ...] = tuple(SIZES)
@@ -79,12 +78,11 @@ class Scope:
     shares: tuple[int, ...] = (1, 2, 4, 8, 16)
     probes: tuple[int, ...] = (1, 2, 4)
     rounds: int = 5
-    file: str = "step_cost"
 
 
 QUICK = Scope(
     compiled=("1m",), counted=("1m",), stepped=("1m",), timed_updates=("1m",), timed_steps=(),
-    growth="1m", shares=(1, 16), probes=(1, 2), rounds=3, file="step_cost_quick",
+    growth="1m", shares=(1, 16), probes=(1, 2), rounds=3,
 )  # fmt: skip
 
 
@@ -394,8 +392,8 @@ def main() -> None:
     quick = "--quick" in sys.argv[1:]
     scope = QUICK if quick else Scope()
     MODELS.update(SIZES)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{scope.file}.json"
+    path = (Path("runs") if quick else RESULTS) / "step_cost.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     runs = json.loads(path.read_text())["runs"] if path.exists() and not quick else {}
     for key, measure in jobs(scope):
         if key in runs:

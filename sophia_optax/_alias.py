@@ -26,6 +26,7 @@ def sophia_h(
     mask: Mask | None = None,
     *,
     bias_correction: bool = True,
+    absolute_curvature: bool = False,
     mu_dtype: DTypeLike | None = None,
     nu_dtype: DTypeLike | None = FLOAT32,
     seed: Scalar = 0,
@@ -70,6 +71,8 @@ def sophia_h(
       mask: which params decay, as in `optax.adamw`.
       bias_correction: whether the average of the curvature is corrected for starting at zero; the
         paper does not.
+      absolute_curvature: whether |h| stands in the place of h, so that coordinates whose estimate
+        is negative are no sign steps; the paper does not.
       mu_dtype: dtype of the momentum; None takes that of each parameter.
       nu_dtype: dtype of the curvature; None takes that of each parameter.
       seed: of the keys that the estimates are drawn with.
@@ -91,6 +94,7 @@ def sophia_h(
         clip_threshold=clip_threshold,
         update_interval=update_interval,
         bias_correction=bias_correction,
+        absolute_curvature=absolute_curvature,
         mu_dtype=mu_dtype,
         nu_dtype=nu_dtype,
         seed=seed,
@@ -110,6 +114,7 @@ def sophia_g(
     mask: Mask | None = None,
     *,
     bias_correction: bool = True,
+    absolute_curvature: bool = False,
     mu_dtype: DTypeLike | None = None,
     nu_dtype: DTypeLike | None = FLOAT32,
     seed: Scalar = 0,
@@ -160,6 +165,7 @@ def sophia_g(
       mask: which params decay, as in `optax.adamw`.
       bias_correction: whether the average of the curvature is corrected for starting at zero; the
         paper does not.
+      absolute_curvature: see `sophia_h`; this estimator's h is never negative.
       mu_dtype: dtype of the momentum; None takes that of each parameter.
       nu_dtype: dtype of the curvature; None takes that of each parameter.
       seed: of the keys that the estimates are drawn with.
@@ -180,6 +186,7 @@ def sophia_g(
         clip_threshold=clip_threshold,
         update_interval=update_interval,
         bias_correction=bias_correction,
+        absolute_curvature=absolute_curvature,
         mu_dtype=mu_dtype,
         nu_dtype=nu_dtype,
         seed=seed,

@@ -11,22 +11,23 @@ Differences from the paper:
 1. h starts at zero, so after n estimates it is 1 - b2ⁿ of what it should be: a tenth after 100
    steps at k = 10. It is divided by that; `bias_correction=False` gives the paper's.
 2. An estimate with a coordinate that is not finite is dropped whole and counted.
+3. |h| in place of h, where `absolute_curvature=True` asks for it.
 
-Differences from optax.contrib.sophia, besides these two:
+Differences from optax.contrib.sophia, besides these:
 
-3. h is refreshed before it is used, as in the paper. That is also the order without copies: XLA
+4. h is refreshed before it is used, as in the paper. That is also the order without copies: XLA
    refreshes h in place, while "use, then refresh" copies h twice and holds one more array.
-4. m is not bias-corrected, as in the paper.
-5. ε is 1e-12, the paper's, in place of 1e-8; it only keeps the division finite.
-6. The estimate comes from a thunk, `hessian_fn(key)`, over the whole params, in place of a loss
+5. m is not bias-corrected, as in the paper.
+6. ε is 1e-12, the paper's, in place of 1e-8; it only keeps the division finite.
+7. The estimate comes from a thunk, `hessian_fn(key)`, over the whole params, in place of a loss
    that is called on what params the transform sees; so it works under `masked` and `partition`.
-7. h is float32 whatever the params are: an average with b2 = 0.99 does not move in bfloat16.
-8. No PRNG key in the state: the key is `fold_in(key(seed), count)`, so that a resumed run draws the
+8. h is float32 whatever the params are: an average with b2 = 0.99 does not move in bfloat16.
+9. No PRNG key in the state: the key is `fold_in(key(seed), count)`, so that a resumed run draws the
    same probes and every serialiser can save the state.
-9. The win rate is in the state, measured at each refresh, in place of a print.
+10. The win rate is in the state, measured at each refresh, in place of a print.
 
-Differences from the authors' PyTorch SophiaG, besides 1, 2, 3 and 8: the batch size is part of the
-estimate, not of the optimizer, and ε is a floor, not added.
+Differences from the authors' PyTorch SophiaG, besides 1, 2, 3, 4 and 9: the batch size is part of
+the estimate, not of the optimizer, and ε is a floor, not added.
 """
 
 import math
@@ -93,6 +94,7 @@ def scale_by_sophia(
     update_interval: Scalar = 10,
     *,
     bias_correction: bool = True,
+    absolute_curvature: bool = False,
     mu_dtype: DTypeLike | None = None,
     nu_dtype: DTypeLike | None = FLOAT32,
     seed: Scalar = 0,
@@ -136,6 +138,9 @@ def scale_by_sophia(
       update_interval: k, an estimate is drawn every k-th step, the first included. Default: the
         paper's.
       bias_correction: whether h is divided by 1 - b2ⁿ. The paper does not.
+      absolute_curvature: whether |h| stands in the place of h. A coordinate whose h is negative,
+        which noise makes of many in Hutchinson's estimates, then steps as if it were positive, and
+        not by a sign step. Default: the paper's; docs/choosing-hyperparameters.md says when to.
       mu_dtype: dtype of m; None takes that of each parameter.
       nu_dtype: dtype of h; None takes that of each parameter.
       seed: of the keys that the estimates are drawn with.
@@ -179,8 +184,11 @@ def scale_by_sophia(
         share = jnp.where(refreshes == 0, 1.0, -jnp.expm1(refreshes * log_b2))
         return gamma / share if bias_correction else gamma
 
+    def size(h: Array) -> Array:
+        return jnp.abs(_wide(h)) if absolute_curvature else _wide(h)
+
     def denominator(h: Array, scale: Any) -> Array:
-        return jnp.maximum(scale * _wide(h), eps)
+        return jnp.maximum(scale * size(h), eps)
 
     def init(params: Params) -> ScaleBySophiaState:
         def zeros(dtype: DTypeLike | None) -> PyTree[Array]:
@@ -221,7 +229,7 @@ def scale_by_sophia(
             counts = jnp.zeros(len(_win_rate_target.RUNGS) + 1, jnp.float32)
             for g, m, h in zip(gs, ms, hs, strict=True):
                 new_m = jnp.abs(momentum(g, m, b1))
-                counts += _win_rate_target.unclipped_counts(new_m, bound * _wide(h))
+                counts += _win_rate_target.unclipped_counts(new_m, bound * size(h))
             found = _win_rate_target.quantile(state.gamma, counts, target.target)
             return _win_rate_target.averaged(state.gamma, found, refreshes, target.decay)
 

@@ -91,4 +91,5 @@ def hyperparameters(draw: st.DrawFn) -> dict[str, Any]:
         "clip_threshold": draw(st.sampled_from((0.25, 1.0, 3.0))),
         "update_interval": draw(st.integers(1, 3)),
         "bias_correction": draw(st.booleans()),
+        "absolute_curvature": draw(st.booleans()),
     }

@@ -82,14 +82,18 @@ def test_h_is_refreshed_before_it_is_used() -> None:
     assert np.abs(np.asarray(expected["w"])[0, 0]) < 1
 
 
+@pytest.mark.parametrize("absolute", (True, False))
 @pytest.mark.parametrize("bias_correction", (True, False))
 def test_update_is_the_formula_with_h_corrected_by_accepted_refreshes(
-    bias_correction: bool,
+    bias_correction: bool, absolute: bool
 ) -> None:
     """Eight steps in NumPy, with a refresh every other step, of which the second is rejected."""
     b1, b2, gamma, eps, rho, k = 0.8, 0.9, 0.05, 1e-6, 0.9, 2
     tx = sophia_optax.scale_by_sophia(
-        b1, b2, eps, gamma, rho, k, bias_correction=bias_correction, nu_dtype=jnp.dtype("float32")
+        *(b1, b2, eps, gamma, rho, k),
+        bias_correction=bias_correction,
+        absolute_curvature=absolute,
+        nu_dtype=jnp.dtype("float32"),
     )
     rng = np.random.default_rng(0)
     state = tx.init(PARAMS["b"])
@@ -104,6 +108,7 @@ def test_update_is_the_formula_with_h_corrected_by_accepted_refreshes(
             h = b2 * h + (1 - b2) * estimate
             accepted += 1
         used = h / (1 - b2**accepted) if bias_correction else h
+        used = np.abs(used) if absolute else used
         expected = np.clip(m / np.maximum(gamma * used, eps), -rho, rho)
         updates, state = update(
             jnp.asarray(g, jnp.float32), jnp.asarray(estimate, jnp.float32), state
@@ -111,6 +116,9 @@ def test_update_is_the_formula_with_h_corrected_by_accepted_refreshes(
         np.testing.assert_allclose(updates, expected, rtol=2e-5, atol=1e-7)
         np.testing.assert_allclose(state.mu, m, rtol=1e-5, atol=1e-7)
         np.testing.assert_allclose(state.nu, h, rtol=1e-5, atol=1e-7)
+        if t % k == 0 and t != 2:
+            unclipped = np.mean(np.abs(m) < rho * np.maximum(gamma * used, eps))
+            np.testing.assert_allclose(state.win_rate, unclipped, rtol=1e-6)
     assert (int(state.count), int(state.refreshes), int(state.rejected)) == (8, 3, 1)
 
 

@@ -81,6 +81,12 @@ def test_coordinates_without_positive_curvature_do_not_count() -> None:
     assert first_gamma(grads, curvature) == first_gamma()
 
 
+def test_negative_curvature_counts_by_its_size_where_that_is_asked_for() -> None:
+    negative = jax.tree.map(jnp.negative, CURVATURE)
+    keywords = {"absolute_curvature": True}
+    assert first_gamma(GRADS, negative, **keywords) == first_gamma(GRADS, CURVATURE, **keywords)
+
+
 @pytest.mark.parametrize("params", [{}, {"w": jnp.ones(3)}], ids=["empty", "flat"])
 def test_without_any_positive_curvature_gamma_stays(params: Any) -> None:
     tx = transform()
