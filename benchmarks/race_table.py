@@ -115,8 +115,10 @@ def plot(summary: dict[str, Any], path: Path) -> None:
     figure, panels = plt.subplots(
         1, len(summary), figsize=(6.5 * len(summary), 5), layout="constrained", squeeze=False
     )
+    names = list(dict.fromkeys(name for entrants in summary.values() for name in entrants))
     for axes, (regime, entrants) in zip(panels[0], summary.items(), strict=True):
-        for index, (name, row) in enumerate(entrants.items()):
+        for name, row in entrants.items():
+            index = names.index(name)
             budgets = [int(b) for b in row["losses"]]
             losses = np.array(list(row["losses"].values()))
             means = losses.mean(axis=1)
