@@ -381,9 +381,7 @@ def plot(rows: list[dict[str, Any]], tables: dict[str, Any], path: Path) -> None
         axes[1].set(title="mean h", xlabel="step", yscale="log")
         for offset, (warmup, color) in enumerate(((SHORT, "C3"), (LONG, "C0"))):
             for place, points in enumerate(tables["instead"][optimizer].values()):
-                means = {p: np.mean(v) for p, v in points.items() if f"warmup {warmup}," in p}
-                best = min(means, key=lambda p: means[p])
-                losses = points[best]
+                losses = points.get(f"warmup {warmup}, learning_rate {RATES[optimizer][2]}", [])
                 axes[2].plot(
                     losses,
                     [place + 0.2 * offset] * len(losses),
@@ -395,7 +393,7 @@ def plot(rows: list[dict[str, Any]], tables: dict[str, Any], path: Path) -> None
         names = list(tables["instead"][optimizer])
         axes[2].set_yticks(range(len(names)), names, fontsize=8)
         axes[2].invert_yaxis()
-        axes[2].set(title="loss at the best learning rate, each seed")
+        axes[2].set(title=f"loss of each seed at learning rate {RATES[optimizer][2]}")
         axes[2].legend(fontsize=8)
         axes[2].grid(alpha=0.25)
     figure.savefig(path, dpi=110)
