@@ -16,7 +16,7 @@ from examples.lm.__main__ import main
 from examples.lm.config import MODELS, CompareConfig, MeshConfig, ModelConfig, TrainConfig
 from examples.lm.loop import Result, fit
 from examples.lm.model import Transformer, parameter_count
-from examples.lm.optimizers import OPTIMIZERS
+from examples.lm.optimizers import OPTIMIZERS, build
 from examples.lm.train import Trainer
 from tests import lm_worker
 
@@ -313,3 +313,15 @@ def test_the_linen_example_trains_in_shards_on_eight_devices():
         check=True,
         timeout=200,
     )
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+def test_negative_curvature_steps_by_its_size_where_the_run_says_so(absolute):
+    tx, _ = build(TrainConfig(optimizer="sophia_h", absolute_curvature=absolute))
+    params, grads = jnp.zeros(2), jnp.full(2, 0.1)
+    state = tx.init(params)
+    for _ in range(2):  # the first has a learning rate of zero
+        updates, state = tx.update(
+            grads, state, params, hessian_fn=lambda key: jnp.array([-1e3, 1e3])
+        )
+    assert jnp.allclose(updates[0], updates[1]) == absolute

@@ -84,6 +84,7 @@ class Hyperparameters:
       b2: decay of the second moment's, or of the curvature's, average.
       gamma: Sophia's scale of the curvature. Raise it when the win rate is below 0.1.
       win_rate: the share of coordinates to leave unclipped; gamma then follows from it.
+      absolute_curvature: Sophia takes |h| in the place of h, and bears a shorter warm-up.
       weight_decay: decoupled, on matrices alone.
       warmup: the share of the run in which the rate rises from 0 to its peak.
       update_interval: steps from one curvature estimate to the next.
@@ -95,6 +96,7 @@ class Hyperparameters:
     b2: float | None = None
     gamma: float | None = None
     win_rate: float | None = None
+    absolute_curvature: bool = False
     weight_decay: float | None = None
     warmup: float | None = None
     update_interval: int = 10

@@ -85,6 +85,7 @@ def sophia(
         update_interval=h.update_interval,
         weight_decay=h.weight_decay,
         mask=is_matrix,
+        absolute_curvature=h.absolute_curvature,
     )
 
 
