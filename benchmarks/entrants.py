@@ -13,9 +13,11 @@ from typing import Any
 import jax
 import optax
 
+import sophia_optax
 from examples.lm.config import Hyperparameters
 from examples.lm.optimizers import (
     OPTIMIZERS,
+    Forward,
     Optimizer,
     gauss_newton,
     hutchinson,
@@ -94,6 +96,15 @@ def muon_beside(build_rest: Rest) -> Rest:
 sophia_g, sophia_h = OPTIMIZERS["sophia_g"].build, OPTIMIZERS["sophia_h"].build
 
 
+def curvature_propagation(forward: Forward, params: Any, batch: jax.Array) -> dict[str, Any]:
+    """Sophia-G's estimate from random signs in place of labels."""
+    return {
+        "hessian_fn": sophia_optax.gauss_newton_bartlett(
+            lambda p: forward.logits(p, batch[:, :-1]), params, sampling="curvature_propagation"
+        )
+    }
+
+
 def _row(build: Rest, extra_args: Any, **start: float) -> Optimizer:
     """A row of the trainer's kind, from hyperparameters that the grid may replace."""
     h = RaceHyperparameters(**{"b2": 0.99, "weight_decay": 0.1, "b1": 0.8, "gamma": 0.05, **start})
@@ -146,6 +157,22 @@ ENTRANTS: dict[str, Entrant] = {
         _row(sophia_g, gauss_newton, warmup=0.2),
         {"learning_rate": (3e-3, 6e-3), "gamma": (0.1, 0.5), "b1": (0.7, 0.8)},
         ("learning_rate", "gamma", "b1", "warmup"),
+    ),
+    # Variants of those above.
+    "sophia_h_absolute": Entrant(
+        _row(sophia_h, hutchinson, warmup=0.05, absolute_curvature=True),
+        {"learning_rate": (4e-3, 8e-3), "gamma": (0.02, 0.05), "b1": (0.7, 0.8)},
+        ("learning_rate", "gamma", "b1", "warmup"),
+    ),
+    "sophia_g_propagation": Entrant(
+        _row(sophia_g, curvature_propagation, warmup=0.2, b2=0.95),
+        {"learning_rate": (3e-3, 6e-3), "gamma": (0.1, 0.5), "b1": (0.7, 0.8)},
+        ("learning_rate", "b2", "gamma", "b1", "warmup"),
+    ),
+    "muon_sophia_g_propagation": Entrant(
+        _row(muon_beside(sophia_g), curvature_propagation, warmup=0.1),
+        {"matrix_learning_rate": (2e-2, 4e-2), "learning_rate": (4e-3, 8e-3), "gamma": (0.05, 0.2)},
+        ("matrix_learning_rate", "learning_rate", "gamma", "b1", "warmup"),
     ),
 }
 
