@@ -18,13 +18,9 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-import jax
-import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-import optax
 import tyro
-from flax import nnx
 
 import sophia_optax
 from benchmarks.entrants import ENTRANTS, search
@@ -33,9 +29,6 @@ from benchmarks.provenance import RESULTS, provenance
 from benchmarks.runner import Runner, Setting
 from examples.lm import data
 from examples.lm.config import MODELS
-from examples.lm.model import Transformer
-from examples.lm.optimizers import Optimizer
-from sophia_optax import ScaleBySophiaState
 
 WIDTHS = (32, 64)
 BATCHES = (2, 8, 16, 32)  # sequences of 128 bytes
@@ -73,46 +66,6 @@ class GammaConfig:
     runs: Path = RESULTS / "self_tuning_gamma.jsonl"
 
 
-def per_tensor(row: Optimizer) -> Optimizer:
-    """The same Sophia for each parameter on its own, and so a γ for each."""
-    model = nnx.eval_shape(lambda: Transformer(replace(MODELS["tiny"], vocab_size=2), nnx.Rngs(0)))
-
-    def label(params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(lambda path, _: jax.tree_util.keystr(path), params)
-
-    names = jax.tree.leaves(label(nnx.state(model, nnx.Param)))
-
-    def build(h: Any, schedule: optax.Schedule) -> optax.GradientTransformation:
-        return optax.partition({name: row.build(h, schedule) for name in names}, label)
-
-    def extra_args(*args: Any) -> dict[str, Any]:
-        # Each of them asks for the same estimate, with the same key.
-        estimates: list[Any] = []
-
-        def hessian_fn(key: jax.Array) -> Any:
-            if not estimates:
-                estimates.append(row.extra_args(*args)["hessian_fn"](key))
-            return estimates[0]
-
-        return {"hessian_fn": hessian_fn}
-
-    return replace(row, build=build, extra_args=extra_args)
-
-
-class PerTensorRunner(Runner):
-    """Runs a row of `per_tensor`'s."""
-
-    def diagnostics(self, opt_state: Any) -> dict[str, Any]:
-        """Means over all coordinates, of γ in the logarithm."""
-        is_state = functools.partial(lambda kind, x: isinstance(x, kind), ScaleBySophiaState)
-        states = [x for x in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(x)]
-        sizes = jnp.array([sum(m.size for m in jax.tree.leaves(s.mu)) for s in states])
-        found = [sophia_optax.diagnostics(state) for state in states]
-        win_rates, gammas = (jnp.stack([d[i] for d in found]) for i in (-2, -1))
-        gamma = jnp.exp(jnp.average(jnp.log(gammas), weights=sizes))
-        return {"win_rate": jnp.average(win_rates, weights=sizes), "gamma": gamma}
-
-
 def cell(
     config: GammaConfig, journal: Journal, corpus: data.Corpus, width: int, batch: int
 ) -> dict[str, Any]:
@@ -125,10 +78,11 @@ def cell(
 
     def runs(kind: str, **fixed: float | None) -> Runs:
         row = replace(entrant.row, tiny=replace(entrant.row.tiny, **common, **fixed))
-        make = functools.partial(Runner, row, setting)
-        if kind == "target per tensor":
-            make = functools.partial(PerTensorRunner, per_tensor(row), setting)
-        return Runs(journal, corpus, make, kind=kind, **shape)
+        if kind != "gamma":
+            per_tensor = kind == "target per tensor"
+            target = functools.partial(sophia_optax.win_rate_target, per_tensor=per_tensor)
+            row = replace(row, build=functools.partial(row.build, target=target))
+        return Runs(journal, corpus, lambda: Runner(row, setting), kind=kind, **shape)
 
     by_gamma = runs("gamma")
     ladder = replace(entrant, grid={"gamma": (0.1, 0.5)}, order=("gamma",))

@@ -51,6 +51,7 @@ NAMES = ("adamw", "lion", "muon", "contrib_sophia", "sophia_h", "sophia_g")
 SOPHIAS = ("contrib_sophia", "sophia_h", "sophia_g")
 TPU = "v5p:2x2x1"  # a chip of it holds params, two moments and gradients of 1.5B params
 BATCH, SHARE, INTERVAL = 16, 16, 10
+GROWTH = (1, 2, 5, 10, 20, 50)  # values of k
 
 
 @dataclasses.dataclass(frozen=True)
@@ -336,48 +337,66 @@ def summary(runs: dict[str, Row]) -> dict[str, Any]:
         if sizes:
             row = runs[f"flops/{sizes[-1]}/{name}"]
             extra = row["flops_refresh_step"] / row["flops_step"] - 1
-            growth = {k: round(1 + extra / k, 4) for k in (1, 2, 5, 10, 20, 50)}
+            growth = {k: round(1 + extra / k, 4) for k in GROWTH}
             out[f"interval/{sizes[-1]}/{name}"] = growth
     return out
 
 
 def plot(runs: dict[str, Row], scope: Scope, path: Path) -> None:
-    """FLOPs and traffic by size, memory, and time, each over AdamW's."""
-    figure, grid = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
+    """By size, by the batch's share, the probes and k, and in time, each over AdamW's."""
+    figure, grid = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
     sizes = {size: parameter_count(SIZES[size]) for size in SIZES}
     over = summary(runs)
+    colours = {name: f"C{index}" for index, name in enumerate(NAMES)}
 
-    def lines(axes: Any, prefix: str, field: str, title: str) -> None:
-        for index, name in enumerate(NAMES):
+    def line(axes: Any, name: str, points: list[tuple[float, float]], **style: Any) -> None:
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", ms=4, color=colours[name], **style)
+
+    def by_size(axes: Any, prefix: str, field: str, title: str) -> None:
+        for name in NAMES:
             found = [(n, over.get(f"{prefix}/{s}/{name}")) for s, n in sizes.items()]
-            points = [(n, row[field]) for n, row in found if row]
-            if points:
-                axes.plot(*zip(*points, strict=True), f"C{index}o-", ms=4, label=name)
+            line(axes, name, [(n, row[field]) for n, row in found if row], label=name)
         axes.set(xscale="log", xlabel="params", title=title)
-        axes.grid(alpha=0.25)
 
-    lines(
-        grid[0, 0], "flops", "flops_average", f"FLOPs of an average train step of {BATCH} sequences"
-    )
+    by_size(grid[0, 0], "flops", "flops_average", "FLOPs of an average train step")
     platform = "tpu" if any(key.startswith("update/tpu") for key in runs) else "cpu"
     where = f"TPU {TPU.partition(':')[0]}" if platform == "tpu" else "CPU"
-    title = f"memory traffic of an update off a refresh, {where}"
-    lines(grid[0, 1], f"update/{platform}", "passes", title)
+    by_size(grid[0, 1], f"update/{platform}", "passes", f"memory traffic of an update, {where}")
     grid[0, 1].axhline(6 / 7, color="gray", ls=":")
     grid[0, 1].text(2.5e6, 6 / 7, "6 / 7", color="gray", backgroundcolor="white", va="center")
-    lines(grid[1, 0], "memory", "peak_bytes", "peak memory of a train step, CPU")
+    by_size(grid[0, 2], "memory", "peak_bytes", "peak memory of a train step, CPU")
+
+    by_share, by_interval, times = grid[1]
+    for name in SOPHIAS:
+        keys = [key for key in over if key.startswith("share/") and key.endswith(f"/{name}")]
+        line(by_share, name, [(float(key.split("/")[2]), over[key]) for key in keys])
+        for key in (key for key in over if key.startswith("interval/") and key.endswith(name)):
+            line(by_interval, name, [(float(k), v) for k, v in over[key].items()])
+    plain = runs[f"flops/{scope.growth}/sophia_h"]["flops_step"]
+    probed = [(float(k.split("/")[2]), r) for k, r in runs.items() if k.startswith("probes/")]
+    extra = [(n, 1 + (r["flops_refresh_step"] / plain - 1) / INTERVAL) for n, r in probed]
+    line(by_share, "sophia_h", extra, ls="--")
+    title = f"FLOPs, {scope.growth}; dashed: by probes, on 1/{SHARE}"
+    by_share.set(xscale="log", xlabel="1 / share of the batch", title=title)
+    by_interval.set(xscale="log", xlabel="k", title=f"FLOPs, {scope.counted[-1]}")
+    by_share.set_xticks(scope.shares, [str(share) for share in scope.shares])
+    by_interval.set_xticks(GROWTH, [str(k) for k in GROWTH])
+    for axes in (by_share, by_interval):
+        axes.minorticks_off()
+
     timings = {key: row for key, row in over.items() if key.startswith("seconds/")}
     for index, name in enumerate(NAMES):
         places = [i + 0.13 * (index - 2.5) for i in range(len(timings))]
         heights = [row[name] for row in timings.values()]
-        grid[1, 1].bar(places, heights, 0.13, color=f"C{index}", label=name)
+        times.bar(places, heights, 0.13, color=colours[name])
     labels = [" ".join(key.split("/")[1::2]) for key in timings]
-    grid[1, 1].set_xticks(range(len(timings)), labels)
-    grid[1, 1].set(title=f"time, {jax.devices()[0].device_kind}, median of {scope.rounds} rounds")
-    grid[1, 1].set_yscale("log")
-    grid[1, 1].grid(alpha=0.25, axis="y")
+    times.set_xticks(range(len(timings)), labels)
+    times.set(title=f"time, {jax.devices()[0].device_kind}, median of {scope.rounds} rounds")
+    times.set_yscale("log")
     for axes in grid.flat:
         axes.axhline(1, color="gray", lw=0.8)
+        axes.grid(alpha=0.25)
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     figure.suptitle(
         f"over AdamW; curvature every {INTERVAL} steps on 1/{SHARE} of the batch (contrib_sophia: "

@@ -242,12 +242,15 @@ def muon(schedule: optax.Schedule, h: Point, seed: Any) -> optax.GradientTransfo
 
 def sophia(schedule: optax.Schedule, h: Point, seed: Any) -> optax.GradientTransformationExtraArgs:
     """Sophia, with gamma given or from a target for the win rate; short runs want a short b2."""
-    target = "win_rate" in h
+    if "win_rate" in h:
+        gamma = sophia_optax.win_rate_target(h["win_rate"], per_tensor=False)
+    else:
+        gamma = h["gamma"]
     return sophia_optax.sophia_g(
         schedule,
         b1=h["b1"],
         b2=0.9,
-        gamma=sophia_optax.win_rate_target(h["win_rate"]) if target else h["gamma"],
+        gamma=gamma,
         update_interval=INTERVAL,
         weight_decay=WEIGHT_DECAY,
         mask=is_matrix,

@@ -261,11 +261,11 @@ sophia_optax.plotting.win_rate(sweep)
 # ## Gamma that finds itself
 #
 # What is wanted is the win rate; $\gamma$ only serves it, and the right one changes with the batch
-# size and over the run. `win_rate_target(0.3)` in place of a number makes each refresh set
-# $\gamma$ so that 30 % of the coordinates are not clipped:
+# size and over the run. `win_rate_target(0.5)` in place of a number makes each refresh set
+# $\gamma$, for each parameter its own, so that half of the coordinates are not clipped:
 
 # %%
-_, tuned = train("self-tuned", sophia(gamma=sophia_optax.win_rate_target(0.3)))
+_, tuned = train("self-tuned", sophia(gamma=sophia_optax.win_rate_target(0.5)))
 sophia_optax.plotting.win_rate({"self-tuned": tuned, "γ = 0.2": runs["Sophia-G"]})
 
 # %%

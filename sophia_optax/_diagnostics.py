@@ -3,8 +3,10 @@
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
+from sophia_optax._arrays import is_inexact
 from sophia_optax._scale_by_sophia import ScaleBySophiaState
 
 
@@ -19,7 +21,8 @@ class SophiaDiagnostics(NamedTuple):
       win_rate: the share of coordinates that were not clipped at the last accepted refresh,
         `f32[]`. The paper tunes gamma until it lies between 0.1 and 0.5: if it is lower, raise
         gamma.
-      gamma: γ of the last update, `f32[]`: as it was set, or as a `win_rate_target` found it.
+      gamma: γ of the last update, `f32[]`: as it was set, or as a `win_rate_target` found it; the
+        geometric mean over the coordinates where that is per tensor.
     """
 
     count: Int[Array, "..."]  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -67,5 +70,15 @@ def diagnostics(opt_state: PyTree[Any]) -> SophiaDiagnostics:
         )
     ((_, state),) = found
     return SophiaDiagnostics(
-        state.count, state.refreshes, state.rejected, state.win_rate, state.gamma
+        state.count, state.refreshes, state.rejected, state.win_rate, _mean_gamma(state)
     )
+
+
+def _mean_gamma(state: ScaleBySophiaState) -> Float[Array, "..."]:
+    """The geometric mean of γ over the coordinates."""
+    gammas = jax.tree.leaves(state.gamma)
+    if len(gammas) == 1:
+        return gammas[0]
+    sizes = [m.size if is_inexact(m) else 0 for m in jax.tree.leaves(state.mu)]
+    logs = [size * jnp.log(gamma) for size, gamma in zip(sizes, gammas, strict=True)]
+    return jnp.exp(sum(logs, start=jnp.zeros(())) / max(sum(sizes), 1))

@@ -56,7 +56,7 @@ class _Curvature(NamedTuple):
     refreshes: Int[Array, ""]
     rejected: Int[Array, ""]
     win_rate: Float[Array, ""]
-    gamma: Float[Array, ""]
+    gammas: list[Any]
 
 
 class ScaleBySophiaState(NamedTuple):
@@ -73,7 +73,7 @@ class ScaleBySophiaState(NamedTuple):
       win_rate: the share of coordinates that were not clipped, at the last accepted refresh,
         `f32[]` in [0, 1].
       gamma: γ of the last update, `f32[]`; with a `win_rate_target`, that of the last accepted
-        refresh.
+        refresh; where that is per tensor, a tree of them like the params.
     """
 
     count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -82,7 +82,7 @@ class ScaleBySophiaState(NamedTuple):
     refreshes: Int[Array, ""]
     rejected: Int[Array, ""]
     win_rate: Float[Array, ""]
-    gamma: Float[Array, ""]
+    gamma: PyTree[Any]
 
 
 def scale_by_sophia(
@@ -190,6 +190,13 @@ def scale_by_sophia(
     def denominator(h: Array, scale: Any) -> Array:
         return jnp.maximum(scale * size(h), eps)
 
+    def first_gamma(params: Params) -> PyTree[Array]:
+        if target is None:
+            return _as_state(gamma)
+        if target.per_tensor:
+            return jax.tree.map(lambda _: jnp.ones((), jnp.float32), params)
+        return jnp.ones((), jnp.float32)
+
     def init(params: Params) -> ScaleBySophiaState:
         def zeros(dtype: DTypeLike | None) -> PyTree[Array]:
             return jax.tree.map(
@@ -203,7 +210,7 @@ def scale_by_sophia(
             refreshes=jnp.zeros((), jnp.int32),
             rejected=jnp.zeros((), jnp.int32),
             win_rate=jnp.zeros((), jnp.float32),
-            gamma=jnp.ones((), jnp.float32) if target else _as_state(gamma),
+            gamma=first_gamma(params),
         )
 
     def update(
@@ -221,17 +228,28 @@ def scale_by_sophia(
         owned = _trees.Owned.of(updates)
         gs, ms, hs = owned.take(updates), owned.take(state.mu), owned.take(state.nu)
 
-        def gamma_for(hs: list[Array], refreshes: Int[Array, ""]) -> Any:
-            """γ as it was set, or the one at which that h meets the target."""
+        per_tensor = target is not None and target.per_tensor
+        old_gammas = owned.take(state.gamma) if per_tensor else [state.gamma]
+
+        def for_each(numbers: list[Any]) -> list[Any]:
+            """One number for each owned leaf."""
+            return numbers if per_tensor else numbers * len(gs)
+
+        def gammas_for(hs: list[Array], refreshes: Int[Array, ""]) -> list[Any]:
+            """γ as it was set, or those at which that h meets the target."""
             if target is None:
-                return fixed_gamma
-            bound = scale_of(state.gamma, refreshes) * clip
-            counts = jnp.zeros(len(_win_rate_target.RUNGS) + 1, jnp.float32)
-            for g, m, h in zip(gs, ms, hs, strict=True):
-                new_m = jnp.abs(momentum(g, m, b1))
-                counts += _win_rate_target.unclipped_counts(new_m, bound * size(h))
-            found = _win_rate_target.quantile(state.gamma, counts, target.target)
-            return _win_rate_target.averaged(state.gamma, found, refreshes, target.decay)
+                return [fixed_gamma]
+            bounds = for_each([scale_of(gamma, refreshes) * clip for gamma in old_gammas])
+            counts = [
+                _win_rate_target.unclipped_counts(jnp.abs(momentum(g, m, b1)), bound * size(h))
+                for g, m, h, bound in zip(gs, ms, hs, bounds, strict=True)
+            ]
+            if not per_tensor:
+                counts = [sum(counts, start=jnp.zeros(len(_win_rate_target.RUNGS) + 1))]
+            return [
+                _win_rate_target.next_gamma(target, gamma, count, refreshes)
+                for gamma, count in zip(old_gammas, counts, strict=True)
+            ]
 
         def refreshed() -> _Curvature:
             """Averages a new estimate into h, unless a coordinate of it is not finite."""
@@ -245,10 +263,10 @@ def scale_by_sophia(
             refreshes = _increment(state.refreshes)
             # One sum tells both how many coordinates are not clipped and, by being NaN, that h is
             # not finite somewhere; so a sharded refresh adds a single all-reduce, of a scalar.
-            gamma = gamma_for(candidates, refreshes)
-            scale = scale_of(gamma, refreshes)
+            gammas = gammas_for(candidates, refreshes)
+            scales = for_each([scale_of(gamma, refreshes) for gamma in gammas])
             unclipped = jnp.zeros((), jnp.float32)
-            for g, m, h in zip(gs, ms, candidates, strict=True):
+            for g, m, h, scale in zip(gs, ms, candidates, scales, strict=True):
                 bound = denominator(h, scale) * (1 if clip is None else clip)
                 won = (jnp.abs(momentum(g, m, b1)) < bound).astype(jnp.float32)
                 unclipped += jnp.sum(jnp.where(jnp.isfinite(h), won, jnp.nan))
@@ -258,11 +276,14 @@ def scale_by_sophia(
                 jnp.where(accepted, refreshes, state.refreshes),
                 jnp.where(accepted, state.rejected, _increment(state.rejected)),
                 jnp.where(accepted, unclipped / max(owned.size, 1), state.win_rate),
-                jnp.where(accepted, _as_state(gamma), state.gamma),
+                [
+                    jnp.where(accepted, _as_state(new), old)
+                    for new, old in zip(gammas, old_gammas, strict=True)
+                ],
             )
 
         def kept() -> _Curvature:
-            return _Curvature(hs, state.refreshes, state.rejected, state.win_rate, state.gamma)
+            return _Curvature(hs, state.refreshes, state.rejected, state.win_rate, old_gammas)
 
         if refresh is None:
             due = state.count % jnp.asarray(update_interval, jnp.int32) == 0
@@ -274,10 +295,12 @@ def scale_by_sophia(
             curvature = refreshed() if refresh else kept()
             decay = b1
 
-        gamma = fixed_gamma if target is None else curvature.gamma
-        scale = scale_of(gamma, curvature.refreshes)
+        gammas = [fixed_gamma] if target is None else curvature.gammas
+        scales = for_each([scale_of(gamma, curvature.refreshes) for gamma in gammas])
         ms = [momentum(g, m, decay) for g, m in zip(gs, ms, strict=True)]
-        us = [m / denominator(h, scale) for m, h in zip(ms, curvature.nu, strict=True)]
+        us = [
+            m / denominator(h, scale) for m, h, scale in zip(ms, curvature.nu, scales, strict=True)
+        ]
         if clip is not None:
             us = [jnp.clip(u, -clip, clip) for u in us]
         new_state = ScaleBySophiaState(
@@ -287,7 +310,7 @@ def scale_by_sophia(
             refreshes=curvature.refreshes,
             rejected=curvature.rejected,
             win_rate=curvature.win_rate,
-            gamma=_as_state(gamma),
+            gamma=owned.put(gammas, state.gamma) if per_tensor else _as_state(gammas[0]),
         )
         return _trees.like_gradients(owned.put(us, updates), updates), new_state
 

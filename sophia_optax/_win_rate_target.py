@@ -31,20 +31,25 @@ class WinRateTarget:
 
     Attributes:
       target: the share of coordinates to leave unclipped, in (0, 1).
+      per_tensor: whether each parameter has a γ of its own.
       decay: of the average of log γ over the refreshes, in [0, 1).
     """
 
     target: Scalar
+    per_tensor: bool
     decay: Scalar
 
 
-def win_rate_target(target: Scalar = 0.3, *, decay: Scalar = 0.5) -> WinRateTarget:
+def win_rate_target(
+    target: Scalar = 0.5, *, per_tensor: bool = True, decay: Scalar = 0.5
+) -> WinRateTarget:
     """Makes the win rate the hyperparameter, in place of γ.
 
     At each refresh γ is set so that a share `target` of the coordinates whose curvature is positive
     take their own step, m / (γ h), and the others that of the clip. (Where the curvature is zero or
-    negative, no γ could.) γ is then averaged with those before, in the logarithm. It is kept in the
-    state, and `diagnostics(state).gamma` shows it.
+    negative, no γ could.) Each parameter has a γ of its own, unless `per_tensor=False` asks for one
+    that all of them share. γ is then averaged with those before, in the logarithm. It is kept in
+    the state, and `diagnostics(state).gamma` shows it, or its mean.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, sophia_optax
@@ -62,8 +67,12 @@ def win_rate_target(target: Scalar = 0.3, *, decay: Scalar = 0.5) -> WinRateTarg
       0.4
 
     Args:
-      target: the share of coordinates to leave unclipped, in (0, 1). Default: the middle of the
-        range that the paper tunes γ for, 0.1 to 0.5.
+      target: the share of coordinates to leave unclipped, in (0, 1). Default: what served models
+        and batches of several sizes alike in `benchmarks/self_tuning_gamma.py`; it is the upper end
+        of the range that the paper tunes γ for.
+      per_tensor: whether each parameter meets the target with a γ of its own, in place of all of
+        them together with one. Layers that are stacked in one array are one parameter. Default: as
+        for `target`.
       decay: of the average of log γ over the refreshes, in [0, 1); 0 takes each γ as it is found.
 
     Returns:
@@ -75,7 +84,9 @@ def win_rate_target(target: Scalar = 0.3, *, decay: Scalar = 0.5) -> WinRateTarg
     """
     _checks.check_number("target", target, 0, 1, "(0, 1)")
     _checks.check_number("decay", decay, 0, 1, "[0, 1)")
-    return WinRateTarget(target, decay)
+    if not isinstance(per_tensor, bool):
+        raise TypeError(f"per_tensor is {per_tensor!r}. Pass True or False.")
+    return WinRateTarget(target, per_tensor, decay)
 
 
 def unclipped_counts(
@@ -99,6 +110,27 @@ def unclipped_counts(
         return [x + y for x, y in zip(left, right, strict=True)]
 
     return jnp.stack(jax.lax.reduce(operands, zeros, add, tuple(range(momentum.ndim))))
+
+
+def next_gamma(
+    target: WinRateTarget,
+    gamma: Float[Array, ""],
+    counts: Float[Array, " counts"],
+    refreshes: Int[Array, ""],
+) -> Float[Array, ""]:
+    """The γ to use from a refresh on.
+
+    Args:
+      target: what it is to meet.
+      gamma: the last γ.
+      counts: `unclipped_counts` with the last γ, or their sum over several parameters.
+      refreshes: how many there have been, this one included.
+
+    Returns:
+      The γ that meets the target, averaged with those before.
+    """
+    found = quantile(gamma, counts, target.target)
+    return averaged(gamma, found, refreshes, target.decay)
 
 
 def quantile(

@@ -107,6 +107,22 @@ def test_a_sharded_refresh_adds_one_all_reduce_of_scalars(devices: Any, sophia: 
     assert not hlo.collectives(estimate, more_than=1)
 
 
+@pytest.mark.parametrize("per_tensor", [False, True])
+def test_a_win_rate_target_adds_one_more(devices: Any, per_tensor: bool) -> None:
+    sharding = NamedSharding(jax.sharding.Mesh(devices, ("fsdp",)), PartitionSpec("fsdp", None))
+    compiled = hlo.donated_step(
+        sophia_optax.sophia_g(1e-3, gamma=sophia_optax.win_rate_target(per_tensor=per_tensor)),
+        PARAMS,
+        sharding,
+        hessian_fn=lambda params: lambda key: jax.tree.map(jnp.square, params),
+        refresh=True,
+    )
+    instructions = hlo.instructions(compiled.as_text())
+    sizes = [sizes for opcode, sizes in instructions if opcode in hlo.COLLECTIVES]
+    assert len(sizes) == 2
+    assert max(map(max, sizes)) <= len(devices)
+
+
 WIDE = ModelConfig(layers=2, width=768, heads=12, context=1024, vocab_size=50257)
 
 

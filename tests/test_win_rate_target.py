@@ -1,5 +1,6 @@
 """A γ that follows from a target for the win rate."""
 
+import functools
 from typing import Any
 
 import jax
@@ -25,8 +26,8 @@ CURVATURE = {"a": lognormal(KEYS[3]), "b": lognormal(KEYS[4])}
 
 
 def transform(target: float = 0.3, **keywords: Any) -> optax.GradientTransformationExtraArgs:
-    decay = keywords.pop("decay", 0.0)
-    gamma = win_rate_target(target, decay=decay)
+    own = {name: keywords.pop(name) for name in ("per_tensor",) if name in keywords}
+    gamma = win_rate_target(target, decay=keywords.pop("decay", 0.0), **own)
     return sophia_optax.scale_by_sophia(gamma=gamma, **{"update_interval": 2, **keywords})
 
 
@@ -38,7 +39,7 @@ def step(tx: Any, state: Any, grads: Any = GRADS, curvature: Any = CURVATURE) ->
 
 def first_gamma(grads: Any = GRADS, curvature: Any = CURVATURE, **keywords: Any) -> float:
     tx = transform(**keywords)
-    return float(step(tx, tx.init(grads), grads, curvature)[1].gamma)
+    return float(sophia_optax.diagnostics(step(tx, tx.init(grads), grads, curvature)[1]).gamma)
 
 
 def numpy_quantile(target: float, b1: float = 0.965) -> float:
@@ -55,6 +56,47 @@ def test_gamma_is_the_quantile_of_momentum_over_curvature(target: float) -> None
     for _ in range(3):  # each from where the last one was
         _, state = step(tx, state)
     np.testing.assert_allclose(float(state.gamma), numpy_quantile(target, b1=0.0), rtol=0.02)
+
+
+@pytest.mark.parametrize("target", [0.05, 0.3, 0.9])
+def test_per_tensor_gamma_is_the_quantile_of_each(target: float) -> None:
+    tx = transform(target, per_tensor=True, b1=0.0, update_interval=1)
+    curvature = {"a": 100 * CURVATURE["a"], "b": CURVATURE["b"]}
+    state = tx.init(GRADS)
+    for _ in range(3):
+        updates, state = step(tx, state, GRADS, curvature)
+    expected = {name: np.quantile(jnp.abs(GRADS[name]) / curvature[name], target) for name in GRADS}
+    for name in GRADS:
+        np.testing.assert_allclose(float(state.gamma[name]), expected[name], rtol=0.05)
+        assert abs(np.mean(np.abs(updates[name]) < 1) - target) < 0.005
+    found = sophia_optax.diagnostics(state)
+    assert abs(float(found.win_rate) - target) < 0.005
+    mean = np.exp(np.mean(np.log(list(expected.values()))))
+    np.testing.assert_allclose(float(found.gamma), mean, rtol=0.05)
+
+
+def test_per_tensor_gammas_are_those_of_a_transform_for_each() -> None:
+    grads = {**GRADS, "few": jnp.array([1.0, -2.0, 3.0]), "one": jnp.float32(2.0)}
+    curvature = {**CURVATURE, "few": jnp.array([1.0, 0.0, -1.0]), "one": jnp.float32(0.5)}
+    together = transform(0.4, per_tensor=True, decay=0.5, update_interval=1)
+    apart = optax.partition(
+        {name: transform(0.4, decay=0.5, update_interval=1) for name in grads},
+        {name: name for name in grads},
+    )
+    state, other = together.init(grads), apart.init(grads)
+    for scale in (1.0, 10.0):
+        scaled = jax.tree.map(lambda g, s=scale: s * g, grads)
+        updates, state = step(together, state, scaled, curvature)
+        others, other = step(apart, other, scaled, curvature)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), updates, others)
+
+
+def test_per_tensor_gamma_weighs_parameters_by_their_size() -> None:
+    grads = {"one": jnp.float32(1.0), "many": jnp.ones(99), "whole": jnp.ones(3, jnp.int32)}
+    state = transform(per_tensor=True).init(grads)
+    gamma = {"one": jnp.float32(1e4), "many": jnp.float32(1.0), "whole": jnp.float32(1e9)}
+    mean = sophia_optax.diagnostics(state._replace(gamma=gamma)).gamma
+    np.testing.assert_allclose(float(mean), 10 ** (4 / 100), rtol=1e-5)
 
 
 @pytest.mark.parametrize("clip_threshold", [1.0, 0.25])
@@ -87,11 +129,12 @@ def test_negative_curvature_counts_by_its_size_where_that_is_asked_for() -> None
     assert first_gamma(GRADS, negative, **keywords) == first_gamma(GRADS, CURVATURE, **keywords)
 
 
+@pytest.mark.parametrize("per_tensor", [False, True])
 @pytest.mark.parametrize("params", [{}, {"w": jnp.ones(3)}], ids=["empty", "flat"])
-def test_without_any_positive_curvature_gamma_stays(params: Any) -> None:
-    tx = transform()
+def test_without_any_positive_curvature_gamma_stays(params: Any, per_tensor: bool) -> None:
+    tx = transform(per_tensor=per_tensor)
     _, state = step(tx, tx.init(params), params, jax.tree.map(jnp.zeros_like, params))
-    assert float(state.gamma) == 1.0
+    assert float(sophia_optax.diagnostics(state).gamma) == 1.0
 
 
 def test_gamma_is_averaged_in_the_logarithm_and_the_first_counts_in_full() -> None:
@@ -108,30 +151,35 @@ def test_gamma_is_averaged_in_the_logarithm_and_the_first_counts_in_full() -> No
     np.testing.assert_allclose(logs[2], np.average([0, 1, 2], weights=weights), atol=0.02)
 
 
-def test_between_refreshes_gamma_stays() -> None:
-    tx = transform()
+@pytest.mark.parametrize("per_tensor", [False, True])
+def test_between_refreshes_gamma_stays(per_tensor: bool) -> None:
+    tx = transform(per_tensor=per_tensor)
     _, state = step(tx, tx.init(GRADS))
     _, later = step(tx, state, jax.tree.map(lambda g: 100 * g, GRADS))
-    assert float(later.gamma) == float(state.gamma)
+    assert later.gamma == state.gamma
     assert int(later.refreshes) == 1
 
 
-def test_a_rejected_estimate_leaves_gamma() -> None:
-    tx = transform(update_interval=1)
+@pytest.mark.parametrize("per_tensor", [False, True])
+def test_a_rejected_estimate_leaves_gamma(per_tensor: bool) -> None:
+    tx = transform(update_interval=1, per_tensor=per_tensor)
     _, state = step(tx, tx.init(GRADS))
     broken = {**CURVATURE, "a": CURVATURE["a"].at[0].set(jnp.nan)}
     _, later = step(tx, state, jax.tree.map(lambda g: 100 * g, GRADS), broken)
-    assert float(later.gamma) == float(state.gamma)
+    assert later.gamma == state.gamma
     assert int(later.rejected) == 1
 
 
+@pytest.mark.parametrize("per_tensor", [False, True])
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_eight_devices_find_the_gamma_of_one(axis_type: AxisType) -> None:
+def test_eight_devices_find_the_gamma_of_one(axis_type: AxisType, per_tensor: bool) -> None:
+    own = {"per_tensor": per_tensor}
     mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
     rows = NamedSharding(mesh, PartitionSpec("data"))
     with jax.set_mesh(mesh):
         grads, curvature = jax.device_put((GRADS, CURVATURE), rows)
-        np.testing.assert_allclose(first_gamma(grads, curvature), first_gamma(), rtol=1e-6)
+        found = first_gamma(grads, curvature, **own)
+    np.testing.assert_allclose(found, first_gamma(**own), rtol=1e-6)
 
 
 def test_a_fixed_gamma_is_shown_as_it_was_set() -> None:
@@ -191,7 +239,9 @@ def test_counting_holds_no_array() -> None:
         )
         return update.lower(grads, state).compile().memory_analysis().temp_size_in_bytes
 
-    assert temporaries(win_rate_target(0.3)) <= temporaries(0.01) + 512 * 512 // 16
+    for per_tensor in (False, True):
+        target = win_rate_target(0.3, per_tensor=per_tensor)
+        assert temporaries(target) <= temporaries(0.01) + 512 * 512 // 16
 
 
 @pytest.mark.parametrize(
@@ -201,6 +251,7 @@ def test_counting_holds_no_array() -> None:
         (lambda: win_rate_target(1.0), ValueError, "target is 1.0"),
         (lambda: win_rate_target(0.3, decay=1.0), ValueError, "decay is 1.0"),
         (lambda: win_rate_target("0.3"), TypeError, "target"),
+        (lambda: win_rate_target(0.3, per_tensor=1), TypeError, "per_tensor"),
         (lambda: transform(clip_threshold=None), ValueError, "clip_threshold is None"),
         (lambda: sophia_optax.sophia_g(1.0, gamma="high"), TypeError, "gamma"),
     ],

@@ -75,13 +75,14 @@ def sophia(
     make: Callable[..., optax.GradientTransformationExtraArgs],
     h: Hyperparameters,
     schedule: optax.Schedule,
+    target: Callable[[float], Any] = sophia_optax.win_rate_target,
 ) -> optax.GradientTransformation:
     """Sophia-G or Sophia-H, as `make` says; they differ in the curvature that they are given."""
     return make(
         schedule,
         b1=h.b1,
         b2=h.b2,
-        gamma=h.gamma if h.win_rate is None else sophia_optax.win_rate_target(h.win_rate),
+        gamma=h.gamma if h.win_rate is None else target(h.win_rate),
         update_interval=h.update_interval,
         weight_decay=h.weight_decay,
         mask=is_matrix,
