@@ -164,6 +164,11 @@ ENTRANTS: dict[str, Entrant] = {
         {"learning_rate": (4e-3, 8e-3), "gamma": (0.02, 0.05), "b1": (0.7, 0.8)},
         ("learning_rate", "gamma", "b1", "warmup"),
     ),
+    "sophia_h_absolute_target": Entrant(
+        _row(sophia_h, hutchinson, warmup=0.05, absolute_curvature=True, win_rate=0.5),
+        {"learning_rate": (4e-3, 8e-3), "win_rate": (0.3, 0.5), "b1": (0.7, 0.8)},
+        ("learning_rate", "win_rate", "b1", "warmup"),
+    ),
     "sophia_g_target": Entrant(
         _row(sophia_g, gauss_newton, warmup=0.2, win_rate=0.5),
         {"learning_rate": (3e-3, 6e-3), "win_rate": (0.5, 0.7), "b1": (0.7, 0.8)},

@@ -254,6 +254,7 @@ def sophia(schedule: optax.Schedule, h: Point, seed: Any) -> optax.GradientTrans
         update_interval=INTERVAL,
         weight_decay=WEIGHT_DECAY,
         mask=is_matrix,
+        absolute_curvature=False,  # as the paper has it, and as the results were made
         seed=seed,
     )
 

@@ -153,7 +153,7 @@ def trajectory(tx, loss_fn, params, steps):
 def compare(name, loss_fn, params, lr, steps=60):
     hyperparameters = {"b1": 0.9, "b2": 0.8, "gamma": 0.5}
     ours = sophia(loss_fn, params, steps, lr, **hyperparameters)
-    tx = sophia_optax.sophia_h(lr, **hyperparameters)
+    tx = sophia_optax.sophia_h(lr, absolute_curvature=False, **hyperparameters)
     theirs = trajectory(tx, loss_fn, params, steps)
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
@@ -208,8 +208,9 @@ def newton(steps):
 
 
 STEPS, RATE = 30, 0.3
-without_decay = {"b1": 0.0, "b2": 0.0, "update_interval": 1, "weight_decay": 0.0}
-one_sophia = sophia_optax.sophia_h(RATE, gamma=RATE, **without_decay)
+papers = {"b1": 0.0, "b2": 0.0, "update_interval": 1, "weight_decay": 0.0}
+papers["absolute_curvature"] = False  # the library's default steps by |h|: see its documentation
+one_sophia = sophia_optax.sophia_h(RATE, gamma=RATE, **papers)
 paths = {
     "SGD": trajectory(optax.sgd(0.015), loss_fn, start, STEPS),
     "SignSGD": trajectory(optax.sign_sgd(RATE), loss_fn, start, STEPS),
@@ -289,7 +290,7 @@ plt.show()
 # experiments:
 
 # %%
-no_clip = sophia_optax.sophia_h(RATE, gamma=RATE, clip_threshold=None, **without_decay)
+no_clip = sophia_optax.sophia_h(RATE, gamma=RATE, clip_threshold=None, **papers)
 for name, tx in {"clipped": one_sophia, "not clipped": no_clip}.items():
     print(f"{name:12}", *(f"{theta[0]:9.3g}" for theta in trajectory(tx, loss_fn, start, 4)))
 

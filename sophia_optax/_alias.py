@@ -26,7 +26,7 @@ def sophia_h(
     mask: Mask | None = None,
     *,
     bias_correction: bool = True,
-    absolute_curvature: bool = False,
+    absolute_curvature: bool = True,
     mu_dtype: DTypeLike | None = None,
     nu_dtype: DTypeLike | None = FLOAT32,
     seed: Scalar = 0,
@@ -72,7 +72,7 @@ def sophia_h(
       bias_correction: whether the average of the curvature is corrected for starting at zero; the
         paper does not.
       absolute_curvature: whether |h| stands in the place of h, so that coordinates whose estimate
-        is negative are no sign steps; the paper does not.
+        is negative are no sign steps; the paper does not. No step is larger with |h|.
       mu_dtype: dtype of the momentum; None takes that of each parameter.
       nu_dtype: dtype of the curvature; None takes that of each parameter.
       seed: of the keys that the estimates are drawn with.
@@ -114,7 +114,7 @@ def sophia_g(
     mask: Mask | None = None,
     *,
     bias_correction: bool = True,
-    absolute_curvature: bool = False,
+    absolute_curvature: bool = True,
     mu_dtype: DTypeLike | None = None,
     nu_dtype: DTypeLike | None = FLOAT32,
     seed: Scalar = 0,

@@ -4,14 +4,15 @@ With t counting from 0, and n the estimates accepted so far:
 
     m_t = b1 m_{t-1} + (1 - b1) g_t
     if t mod k == 0:   h_t = b2 h_{t-1} + (1 - b2) ĥ(θ_t)        else  h_t = h_{t-1}
-    u_t = clip(m_t / max(γ h_t / (1 - b2ⁿ), ε), ±ρ)
+    u_t = clip(m_t / max(γ |h_t| / (1 - b2ⁿ), ε), ±ρ)
 
 Differences from the paper:
 
 1. h starts at zero, so after n estimates it is 1 - b2ⁿ of what it should be: a tenth after 100
    steps at k = 10. It is divided by that; `bias_correction=False` gives the paper's.
 2. An estimate with a coordinate that is not finite is dropped whole and counted.
-3. |h| in place of h, where `absolute_curvature=True` asks for it.
+3. |h| in place of h: a negative h is mostly noise in Hutchinson's estimates, and in the paper such
+   coordinates take the largest step. `absolute_curvature=False` gives the paper's.
 
 Differences from optax.contrib.sophia, besides these:
 
@@ -94,7 +95,7 @@ def scale_by_sophia(
     update_interval: Scalar = 10,
     *,
     bias_correction: bool = True,
-    absolute_curvature: bool = False,
+    absolute_curvature: bool = True,
     mu_dtype: DTypeLike | None = None,
     nu_dtype: DTypeLike | None = FLOAT32,
     seed: Scalar = 0,
@@ -128,8 +129,8 @@ def scale_by_sophia(
     Args:
       b1: decay of m, in [0, 1). Default: the authors' code's; the paper has 0.96.
       b2: decay of h, in [0, 1), at each estimate. Default: the paper's.
-      eps: floor of the denominator, above 0. Where γ h is smaller, or negative, the step is a sign
-        step. Default: the paper's.
+      eps: floor of the denominator, above 0. Where γ |h| is smaller, the step is a sign step.
+        Default: the paper's.
       gamma: γ, the scale of h, above 0: the smaller, the more coordinates are clipped. The paper
         tunes it until the win rate is between 0.1 and 0.5. Default: the paper's for Sophia-H; 0.05
         for Sophia-G. Or a `win_rate_target`, from which γ follows.
@@ -138,9 +139,10 @@ def scale_by_sophia(
       update_interval: k, an estimate is drawn every k-th step, the first included. Default: the
         paper's.
       bias_correction: whether h is divided by 1 - b2ⁿ. The paper does not.
-      absolute_curvature: whether |h| stands in the place of h. A coordinate whose h is negative,
-        which noise makes of many in Hutchinson's estimates, then steps as if it were positive, and
-        not by a sign step. Default: the paper's; docs/choosing-hyperparameters.md says when to.
+      absolute_curvature: whether |h| stands in the place of h, so that a coordinate whose h is
+        negative, which noise makes of many in Hutchinson's estimates, steps as if it were positive.
+        The paper does not: the step is a sign step there. No step is larger with |h|.
+        Default: what `benchmarks/lm_race.py` and `benchmarks/warmup.py` found the better.
       mu_dtype: dtype of m; None takes that of each parameter.
       nu_dtype: dtype of h; None takes that of each parameter.
       seed: of the keys that the estimates are drawn with.
@@ -295,7 +297,7 @@ def scale_by_sophia(
             curvature = refreshed() if refresh else kept()
             decay = b1
 
-        gammas = [fixed_gamma] if target is None else curvature.gammas
+        gammas: list[Any] = [fixed_gamma] if target is None else curvature.gammas
         scales = for_each([scale_of(gamma, curvature.refreshes) for gamma in gammas])
         ms = [momentum(g, m, decay) for g, m in zip(gs, ms, strict=True)]
         us = [

@@ -60,8 +60,10 @@ def test_the_alias_and_the_transform_alone_are_found() -> None:
 
 
 def test_it_reads_shapes_as_well_as_arrays() -> None:
-    abstract = jax.eval_shape(sophia_optax.sophia_h(1e-3).init, PARAMS)
-    assert sophia_optax.diagnostics(abstract).win_rate.dtype == jnp.float32
+    for gamma in (0.1, sophia_optax.win_rate_target()):
+        abstract = jax.eval_shape(sophia_optax.sophia_h(1e-3, gamma=gamma).init, PARAMS)
+        found = sophia_optax.diagnostics(abstract)
+        assert found.win_rate.dtype == found.gamma.dtype == jnp.float32
 
 
 def test_a_batch_of_optimizers_has_a_batch_of_diagnostics() -> None:

@@ -133,19 +133,22 @@ def test_before_any_accepted_refresh_the_update_is_a_sign_step() -> None:
 def test_without_a_clip_threshold_nothing_is_clipped() -> None:
     tx = sophia_optax.scale_by_sophia(b1=0.0, b2=0.0, gamma=0.01, eps=1e-3, clip_threshold=None)
     updates, state = jitted_update(tx, constant(HESSIAN))(GRADS, tx.init(PARAMS), PARAMS)
-    expected = jax.tree.map(lambda g, h: g / jnp.maximum(0.01 * h, 1e-3), GRADS, HESSIAN)
+    expected = jax.tree.map(lambda g, h: g / jnp.maximum(0.01 * jnp.abs(h), 1e-3), GRADS, HESSIAN)
     chex.assert_trees_all_close(updates, expected, rtol=1e-6)
     assert np.max(np.abs(updates["w"])) > 1
     won = np.concatenate([np.ravel(np.abs(x) < 1) for x in jax.tree.leaves(expected)])
     assert float(state.win_rate) == pytest.approx(won.mean())
 
 
-def test_negative_curvature_gives_a_sign_step_downhill() -> None:
-    tx = sophia_optax.scale_by_sophia(b1=0.0, b2=0.0)
+@pytest.mark.parametrize("absolute", (True, False))
+def test_negative_curvature_steps_downhill_by_its_size_or_by_its_sign(absolute: bool) -> None:
+    keywords = {} if absolute else {"absolute_curvature": False}
+    tx = sophia_optax.scale_by_sophia(b1=0.0, b2=0.0, gamma=1.0, **keywords)
     updates, _ = jitted_update(tx, constant(jax.tree.map(lambda h: -1e6 + 0 * h, HESSIAN)))(
         GRADS, tx.init(PARAMS), PARAMS
     )
-    chex.assert_trees_all_close(updates, jax.tree.map(jnp.sign, GRADS))
+    expected = jax.tree.map(lambda g: g / 1e6 if absolute else jnp.sign(g), GRADS)
+    chex.assert_trees_all_close(updates, expected)
 
 
 # Trajectories in float64 against NumPy
@@ -194,9 +197,10 @@ def test_trajectory_is_that_of_a_transcription_of_the_paper(bias_correction: boo
         "weight_decay": 0.1,
         "bias_correction": bias_correction,
     }
+    papers = {"absolute_curvature": False}
     expected = oracles.sophia_trajectory(grads, estimate, start, steps=steps, **keywords)
     with jax.enable_x64(True):
-        tx = sophia_optax.sophia_h(nu_dtype=jnp.dtype("float64"), **keywords)
+        tx = sophia_optax.sophia_h(nu_dtype=jnp.dtype("float64"), **papers, **keywords)
         actual = trajectory(
             tx, grads, lambda params, t: lambda key: estimate(params, t), start, steps
         )
@@ -540,7 +544,7 @@ def test_win_rate_is_the_share_of_coordinates_not_clipped_at_the_last_accepted_r
         _, state = update(g, h, state)
         m = {name: b1 * m[name] + (1 - b1) * g[name] for name in shapes}
         won = np.concatenate(
-            [np.ravel(np.abs(m[n]) < rho * np.maximum(gamma * h[n], eps)) for n in shapes]
+            [np.ravel(np.abs(m[n]) < rho * np.maximum(gamma * np.abs(h[n]), eps)) for n in shapes]
         )
         if t % 2 == 0:
             shown = won.mean()

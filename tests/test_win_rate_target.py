@@ -26,8 +26,9 @@ CURVATURE = {"a": lognormal(KEYS[3]), "b": lognormal(KEYS[4])}
 
 
 def transform(target: float = 0.3, **keywords: Any) -> optax.GradientTransformationExtraArgs:
-    own = {name: keywords.pop(name) for name in ("per_tensor",) if name in keywords}
-    gamma = win_rate_target(target, decay=keywords.pop("decay", 0.0), **own)
+    own = {"per_tensor": False, "decay": 0.0}
+    own = {name: keywords.pop(name, value) for name, value in own.items()}
+    gamma = win_rate_target(target, **own)
     return sophia_optax.scale_by_sophia(gamma=gamma, **{"update_interval": 2, **keywords})
 
 
@@ -120,13 +121,14 @@ def test_gamma_takes_out_the_scales_of_gradient_and_curvature() -> None:
 def test_coordinates_without_positive_curvature_do_not_count() -> None:
     grads = {**GRADS, "flat": jnp.ones(SIZE), "concave": jnp.ones(SIZE)}
     curvature = {**CURVATURE, "flat": jnp.zeros(SIZE), "concave": -jnp.ones(SIZE)}
-    assert first_gamma(grads, curvature) == first_gamma()
+    keywords = {"absolute_curvature": False}
+    assert first_gamma(grads, curvature, **keywords) == first_gamma(**keywords)
 
 
-def test_negative_curvature_counts_by_its_size_where_that_is_asked_for() -> None:
+def test_negative_curvature_counts_by_its_size_unless_the_papers_is_asked_for() -> None:
     negative = jax.tree.map(jnp.negative, CURVATURE)
-    keywords = {"absolute_curvature": True}
-    assert first_gamma(GRADS, negative, **keywords) == first_gamma(GRADS, CURVATURE, **keywords)
+    assert first_gamma(GRADS, negative) == first_gamma(GRADS, CURVATURE)
+    assert first_gamma(GRADS, negative, absolute_curvature=False) == 1.0
 
 
 @pytest.mark.parametrize("per_tensor", [False, True])

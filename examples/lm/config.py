@@ -84,7 +84,8 @@ class Hyperparameters:
       b2: decay of the second moment's, or of the curvature's, average.
       gamma: Sophia's scale of the curvature. Raise it when the win rate is below 0.1.
       win_rate: the share of coordinates to leave unclipped; gamma then follows from it.
-      absolute_curvature: Sophia takes |h| in the place of h, and bears a shorter warm-up.
+      absolute_curvature: Sophia takes |h| in the place of h, and bears a shorter warm-up. On in the
+        library, off here: the optimizers' defaults were tuned without, or are the paper's.
       weight_decay: decoupled, on matrices alone.
       warmup: the share of the run in which the rate rises from 0 to its peak.
       update_interval: steps from one curvature estimate to the next.
