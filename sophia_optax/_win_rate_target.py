@@ -46,10 +46,11 @@ def win_rate_target(
     """Makes the win rate the hyperparameter, in place of γ.
 
     At each refresh γ is set so that a share `target` of the coordinates whose curvature is positive
-    take their own step, m / (γ h), and the others that of the clip. (Where the curvature is zero or
-    negative, no γ could.) Each parameter has a γ of its own, unless `per_tensor=False` asks for one
-    that all of them share. γ is then averaged with those before, in the logarithm. It is kept in
-    the state, and `diagnostics(state).gamma` shows it, or its mean.
+    take their own step, m / (γ h), and the others that of the clip. (Where the curvature is zero,
+    or negative with `absolute_curvature=False`, no γ could.) Each parameter has a γ of its own,
+    unless `per_tensor=False` asks for one that all of them share. γ is then averaged with those
+    before, in the logarithm. It is kept in the state, and `diagnostics(state).gamma` shows it, or
+    the geometric mean over the coordinates.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, sophia_optax
