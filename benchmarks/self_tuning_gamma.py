@@ -40,7 +40,7 @@ class GammaConfig:
     """What to compare.
 
     Attributes:
-      optimizer: sophia_g or sophia_h.
+      optimizer: a Sophia in `ENTRANTS`.
       steps: of every run.
       learning_rate: of every run.
       b1: of every run.
@@ -144,8 +144,10 @@ def plot(cells: list[dict[str, Any]], path: Path) -> None:
             )
         losses[column].set(title=f"width {width}")
         gammas[column].set(xscale="log", yscale="log", xlabel="tokens a batch")
+        gammas[column].set_xticks(tokens, [str(n) for n in tokens])
+        gammas[column].xaxis.minorticks_off()
     losses[0].set(ylabel="loss over that of the best fixed γ (%)")
-    gammas[0].set(ylabel="γ (the targets': at the end of the run)")
+    gammas[0].set(ylabel="γ; black: the best fixed, others: at the end of the run")
     figure.legend(*losses[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=120)
     plt.close(figure)
