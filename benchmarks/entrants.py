@@ -179,6 +179,11 @@ ENTRANTS: dict[str, Entrant] = {
         {"learning_rate": (3e-3, 6e-3), "gamma": (0.1, 0.5), "b1": (0.7, 0.8)},
         ("learning_rate", "b2", "gamma", "b1", "warmup"),
     ),
+    "muon_sophia_h_absolute": Entrant(
+        _row(muon_beside(sophia_h), hutchinson, warmup=0.05, absolute_curvature=True),
+        {"matrix_learning_rate": (2e-2, 4e-2), "learning_rate": (4e-3, 8e-3), "gamma": (0.02, 0.1)},
+        ("matrix_learning_rate", "learning_rate", "gamma", "b1", "warmup"),
+    ),
     "muon_sophia_g_propagation": Entrant(
         _row(muon_beside(sophia_g), curvature_propagation, warmup=0.1),
         {"matrix_learning_rate": (2e-2, 4e-2), "learning_rate": (4e-3, 8e-3), "gamma": (0.05, 0.2)},
