@@ -76,9 +76,10 @@ def diagnostics(opt_state: PyTree[Any]) -> SophiaDiagnostics:
 
 def _mean_gamma(state: ScaleBySophiaState) -> Any:
     """The geometric mean of γ over the coordinates; a shape of an abstract state."""
-    gammas = jax.tree.leaves(state.gamma)
-    if len(gammas) == 1 or (gammas and isinstance(gammas[0], jax.ShapeDtypeStruct)):
-        return gammas[0]
-    sizes = [m.size if is_inexact(m) else 0 for m in jax.tree.leaves(state.mu)]
-    logs = [size * jnp.log(gamma) for size, gamma in zip(sizes, gammas, strict=True)]
-    return jnp.exp(sum(logs, start=jnp.zeros(())) / max(sum(sizes), 1))
+    (gamma,), (count,) = jax.tree.leaves(state.gamma), jax.tree.leaves(state.count)
+    if gamma.ndim == count.ndim:
+        return state.gamma
+    if isinstance(gamma, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(count.shape, gamma.dtype)
+    sizes = jnp.array([m.size if is_inexact(m) else 0 for m in jax.tree.leaves(state.mu)])
+    return jnp.exp(jnp.log(gamma) @ (sizes / jnp.maximum(sizes.sum(), 1)))

@@ -74,7 +74,7 @@ class ScaleBySophiaState(NamedTuple):
       win_rate: the share of coordinates that were not clipped, at the last accepted refresh,
         `f32[]` in [0, 1].
       gamma: γ of the last update, `f32[]`; with a `win_rate_target`, that of the last accepted
-        refresh; where that is per tensor, a tree of them like the params.
+        refresh; where that is per tensor, `f32[n]`, one for each of the n leaves of `mu`.
     """
 
     count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -83,7 +83,7 @@ class ScaleBySophiaState(NamedTuple):
     refreshes: Int[Array, ""]
     rejected: Int[Array, ""]
     win_rate: Float[Array, ""]
-    gamma: PyTree[Any]
+    gamma: Float[Array, "..."]
 
 
 def scale_by_sophia(
@@ -192,11 +192,11 @@ def scale_by_sophia(
     def denominator(h: Array, scale: Any) -> Array:
         return jnp.maximum(scale * size(h), eps)
 
-    def first_gamma(params: Params) -> PyTree[Array]:
+    def first_gamma(params: Params) -> Array:
         if target is None:
             return _as_state(gamma)
         if target.per_tensor:
-            return jax.tree.map(lambda _: jnp.ones((), jnp.float32), params)
+            return jnp.ones(len(jax.tree.leaves(params)), jnp.float32)
         return jnp.ones((), jnp.float32)
 
     def init(params: Params) -> ScaleBySophiaState:
@@ -231,7 +231,8 @@ def scale_by_sophia(
         gs, ms, hs = owned.take(updates), owned.take(state.mu), owned.take(state.nu)
 
         per_tensor = target is not None and target.per_tensor
-        old_gammas = owned.take(state.gamma) if per_tensor else [state.gamma]
+        places = owned.take(_trees.enumerated(state.mu)) if per_tensor else []
+        old_gammas = [state.gamma[place] for place in places] if per_tensor else [state.gamma]
 
         def for_each(numbers: list[Any]) -> list[Any]:
             """One number for each owned leaf."""
@@ -312,7 +313,7 @@ def scale_by_sophia(
             refreshes=curvature.refreshes,
             rejected=curvature.rejected,
             win_rate=curvature.win_rate,
-            gamma=owned.put(gammas, state.gamma) if per_tensor else _as_state(gammas[0]),
+            gamma=_put(gammas, places, state.gamma) if per_tensor else _as_state(gammas[0]),
         )
         return _trees.like_gradients(owned.put(us, updates), updates), new_state
 
@@ -334,6 +335,11 @@ def _log(x: Any) -> Any:
 def _as_state(gamma: Any) -> Float[Array, ""]:
     """γ as the state holds it: in a buffer of its own."""
     return jnp.array(gamma, jnp.float32)
+
+
+def _put(values: list[Array], places: list[int], array: Float[Array, " n"]) -> Float[Array, " n"]:
+    """Sets some elements of an array."""
+    return array.at[jnp.array(places)].set(jnp.stack(values)) if values else array
 
 
 def _increment(count: Int[Array, ""]) -> Int[Array, ""]:

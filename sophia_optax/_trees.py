@@ -164,6 +164,12 @@ def name_of(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path) or "(root)"
 
 
+def enumerated(tree: PyTree[Any]) -> PyTree[int]:
+    """A tree of the numbers of its leaves, in their order."""
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef.unflatten(range(len(leaves)))
+
+
 def is_masked(tree: PyTree[Any]) -> bool:
     """Whether `optax.masked` or `optax.partition` has taken something out of a tree."""
 

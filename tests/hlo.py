@@ -96,7 +96,7 @@ def donated_step(tx: Any, params: Any, sharding: Any = None, **arguments: Any) -
     Args:
         tx: the optimizer.
         params: their shapes.
-        sharding: of the params and of the state that is like them; scalars are replicated.
+        sharding: of the params and of the state that is like them; fewer axes are replicated.
         **arguments: for `update`; a function stands for what it makes of the params.
 
     Returns:
@@ -110,7 +110,7 @@ def donated_step(tx: Any, params: Any, sharding: Any = None, **arguments: Any) -
 
     def place(x: Any) -> Any:
         spec = sharding
-        if isinstance(sharding, NamedSharding) and not x.shape:
+        if isinstance(sharding, NamedSharding) and len(x.shape) < len(sharding.spec):
             spec = NamedSharding(sharding.mesh, PartitionSpec())
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=spec)
 
