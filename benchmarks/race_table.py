@@ -113,25 +113,27 @@ def _mean_win_rate(rows: list[Row]) -> float | None:
 def plot(summary: dict[str, Any], path: Path) -> None:
     """Final losses by budget: the mean over seeds, from the least to the largest."""
     figure, panels = plt.subplots(
-        1, len(summary), figsize=(6.5 * len(summary), 5), layout="constrained", squeeze=False
+        1, len(summary), figsize=(8.5 * len(summary), 6), layout="constrained", squeeze=False
     )
     names = list(dict.fromkeys(name for entrants in summary.values() for name in entrants))
+    colours = dict(zip(names, plt.colormaps["tab20"].colors, strict=False))
     for axes, (regime, entrants) in zip(panels[0], summary.items(), strict=True):
-        for name, row in entrants.items():
-            index = names.index(name)
+        worst_first = sorted(entrants.items(), key=lambda item: -[*item[1]["means"].values()][-1])
+        for name, row in worst_first:
+            colour = colours[name]
             budgets = [int(b) for b in row["losses"]]
             losses = np.array(list(row["losses"].values()))
             means = losses.mean(axis=1)
-            style = {"color": f"C{index}", "marker": "o", "markersize": 4}
+            style = {"color": colour, "ls": "--" if "muon" in name else "-", "marker": "o", "ms": 4}
             axes.plot(budgets, means, label=f"{name}: {means[-1]:.3f}", **style)
             axes.fill_between(
-                budgets, losses.min(1), losses.max(1), color=f"C{index}", alpha=0.2, linewidth=0
+                budgets, losses.min(1), losses.max(1), color=colour, alpha=0.15, linewidth=0
             )
         axes.set(xscale="log", xlabel="steps, each run with a full decay", title=regime)
         axes.set_ylabel("validation loss (nats a byte)")
         axes.set_xticks(budgets, [str(b) for b in budgets], minor=False)
         axes.minorticks_off()
         axes.grid(alpha=0.25)
-        axes.legend()
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=120)
     plt.close(figure)
