@@ -40,6 +40,7 @@ from examples.lm import data
 from examples.lm.optimizers import Optimizer, is_matrix
 
 SHORT, LONG = 0.02, 0.2
+STEPS = REGIMES["small"].steps
 TUNED: dict[str, Point] = {
     "sophia_h": {"learning_rate": 4e-3, "gamma": 0.02, "b1": 0.7},
     "sophia_g": {"learning_rate": 3e-3, "gamma": 0.1, "b1": 0.8},
@@ -88,6 +89,9 @@ class Change(NamedTuple):
       ramp: the clip threshold grows from 0 to 1 over so many steps, in place of the learning rate.
       square: average ĥ² and take the root, as AdaHessian does.
       floor: the least h of a coordinate, as a share of the tensor's mean |h|.
+      late_interval: steps from one estimate to the next in the second half of the run.
+      last_b1: b1 goes there in a straight line over the run.
+      clip_norm: the largest global norm of a gradient; None takes the row's.
     """
 
     negative: str = "sign"
@@ -98,6 +102,9 @@ class Change(NamedTuple):
     ramp: int = 0
     square: bool = False
     floor: float = 0.0
+    late_interval: int = 10
+    last_b1: float | None = None
+    clip_norm: float | None = None
 
 
 CHANGES = {
@@ -112,6 +119,9 @@ CHANGES = {
     "4 probes": Change(probes=4),
     "estimates in each of 20 steps": Change(dense=20),
     "clip grows over 100 steps": Change(ramp=100),
+    "|h|, k = 50 in the second half": Change(negative="size", late_interval=50),
+    "|h|, b1 rises to 0.9": Change(negative="size", last_b1=0.9),
+    "|h|, gradients not clipped": Change(negative="size", clip_norm=1e9),
 }
 
 
@@ -158,7 +168,10 @@ def changed_sophia(
             power = 2 if change.square else 1
             nu = jax.tree.map(lambda n, e: h.b2 * n + (1 - h.b2) * e**power, nu, hessian_fn(key))
             refreshes += 1
-        mu = jax.tree.map(lambda m, g: h.b1 * m + (1 - h.b1) * g, state.mu, grads)
+        b1 = h.b1
+        if change.last_b1 is not None:
+            b1 += (change.last_b1 - b1) * jnp.minimum(state.count / STEPS, 1)
+        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
         ahead = mu
         if change.nesterov:
             ahead = jax.tree.map(lambda m, g: h.b1 * m + (1 - h.b1) * g, mu, grads)
@@ -222,7 +235,10 @@ class ChangedRunner(Runner):
 
             return {"hessian_fn": one if change.probes == 1 else mean}
 
-        super().__init__(Optimizer(self.build, extra_args, row.tiny, row.large), setting)
+        tiny = row.tiny
+        if change.clip_norm is not None:
+            tiny = replace(tiny, clip_norm=change.clip_norm)
+        super().__init__(Optimizer(self.build, extra_args, tiny, row.large), setting)
 
     def build(self, h: Any, schedule: optax.Schedule) -> Any:
         """The changed optimizer; `schedule` has the warm-up of all params but `other`."""
@@ -243,6 +259,8 @@ class ChangedRunner(Runner):
         return changed_sophia(h, schedule, self.change, factor)
 
     def due(self, step: int) -> bool:
+        if step >= STEPS // 2:
+            return step % self.change.late_interval == 0
         return super().due(step) or step < self.change.dense
 
     def diagnostics(self, opt_state: Any) -> dict[str, Any]:
@@ -295,7 +313,7 @@ class WarmupConfig:
     @property
     def steps(self) -> int:
         """Of every run."""
-        return 20 if self.quick else REGIMES["small"].steps
+        return 20 if self.quick else STEPS
 
 
 class Study:
