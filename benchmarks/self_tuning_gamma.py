@@ -105,6 +105,9 @@ def cell(
             "win_rate": float(np.mean([np.mean(row["win_rates"]) for row in raced])),
             "gamma": float(np.exp(np.mean([np.log(row["gammas"][-1]) for row in raced]))),
         }
+    best = np.mean(rows["best gamma"]["losses"])
+    for row in rows.values():
+        row["over_best"] = float(np.mean(row["losses"]) / best)
     return {"width": width, "batch": batch, "tokens": setting.tokens, "open": found["open"], **rows}
 
 
@@ -130,7 +133,7 @@ def plot(cells: list[dict[str, Any]], path: Path) -> None:
             tokens, [c["best gamma"]["point"]["gamma"] for c in own], "ko-", label="best fixed γ"
         )
         for index, name in enumerate(targets):
-            means = [np.mean(c[name]["losses"]) / b.mean() for c, b in zip(own, best, strict=True)]
+            means = [c[name]["over_best"] for c in own]
             style = "s--" if "tensor" in name else "o-"
             losses[column].plot(
                 tokens * 1.04 ** (index - 2),
