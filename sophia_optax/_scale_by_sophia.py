@@ -186,11 +186,13 @@ def scale_by_sophia(
         share = jnp.where(refreshes == 0, 1.0, -jnp.expm1(refreshes * log_b2))
         return gamma / share if bias_correction else gamma
 
-    def size(h: Array) -> Array:
-        return jnp.abs(_wide(h)) if absolute_curvature else _wide(h)
+    def scaled(h: Array, scale: Any) -> Array:
+        # |scale h| and not scale |h|: XLA for TPU would have the branch return |h| beside h.
+        product = scale * _wide(h)
+        return jnp.abs(product) if absolute_curvature else product
 
     def denominator(h: Array, scale: Any) -> Array:
-        return jnp.maximum(scale * size(h), eps)
+        return jnp.maximum(scaled(h, scale), eps)
 
     def first_gamma(params: Params) -> Array:
         if target is None:
@@ -244,7 +246,7 @@ def scale_by_sophia(
                 return [fixed_gamma]
             bounds = for_each([scale_of(gamma, refreshes) * clip for gamma in old_gammas])
             counts = [
-                _win_rate_target.unclipped_counts(jnp.abs(momentum(g, m, b1)), bound * size(h))
+                _win_rate_target.unclipped_counts(jnp.abs(momentum(g, m, b1)), scaled(h, bound))
                 for g, m, h, bound in zip(gs, ms, hs, bounds, strict=True)
             ]
             if not per_tensor:

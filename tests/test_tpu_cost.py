@@ -73,7 +73,19 @@ def test_a_step_off_a_refresh_takes_six_passes_where_adamw_takes_seven(
     assert temporaries(off) <= 0.01
 
 
-def test_the_branch_costs_no_copy_no_temporary_and_no_pass(devices: Any, sophia: Any) -> None:
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {},
+        {"absolute_curvature": False},
+        {"gamma": sophia_optax.win_rate_target()},
+        {"gamma": sophia_optax.win_rate_target(per_tensor=False)},
+    ],
+)
+def test_the_branch_costs_no_copy_no_temporary_and_no_pass(
+    devices: Any, keywords: dict[str, Any]
+) -> None:
+    sophia = sophia_optax.sophia_h(1e-3, weight_decay=0.1, **keywords)
     compiled = hlo.donated_step(
         sophia, PARAMS, SingleDeviceSharding(devices[0]), hessian_fn=hessian_fn
     )
