@@ -283,7 +283,7 @@ show(*map(collectives, programs))
 # %% [markdown]
 # A few all-reduces of a handful of numbers: the counts that the win rate is made of, which also
 # tell whether the estimate is finite. Off a refresh the update communicates nothing.
-# (`tests/test_sharding.py` holds the library to both, on four layouts.)
+# (`tests/library/test_sharding.py` holds the library to both, on four layouts.)
 #
 # ## On a TPU pod
 #

@@ -440,7 +440,7 @@ plt.show()
 # the rest, with all candidates left in place, is unbiased. But all pairs go through the towers for
 # that, so little is saved. `weights` are for padding: a pair that is none gets weight zero *and*
 # $-\infty$ as a candidate for all others. `examples/contrastive.py` does both, and
-# `tests/test_examples_vision.py` holds it against exact matrices.
+# `tests/trainer/test_vision.py` holds it against exact matrices.
 
 # %% [markdown]
 # ## Does it pay?
@@ -513,5 +513,5 @@ for task, rows in tables.items():
 # chose, 0.43 to 0.92, are higher. That was with one $\gamma$ for all params; the default is now one
 # for each parameter, and a rate of 0.5, [for reasons](../docs/benchmarks.md) that are not these.
 #
-# Each of these claims about curvature is a test in `tests/test_examples_vision.py`; the scripts are
+# Each of these claims about curvature is a test in `tests/trainer/test_vision.py`; the scripts are
 # `examples/vision.py` and `examples/contrastive.py`.

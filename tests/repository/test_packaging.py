@@ -11,7 +11,7 @@ import pytest
 
 import sophia_optax
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "sophia_optax"
 OPTIONAL = {"nnx", "linen", "plotting"}
 MODULES = sorted(PACKAGE.glob("*.py"))

@@ -1,6 +1,6 @@
 """Runs of the trainer that are small, quick to compile, and interrupted where a test wants it.
 
-python -m tests.lm_worker '{"stop_after": 3}' train --model micro ...
+python -m tests.trainer.worker '{"stop_after": 3}' train --model micro ...
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from examples.lm import report
 from examples.lm.__main__ import main
 from examples.lm.config import MODELS, ModelConfig
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MICRO = ModelConfig(layers=1, width=16, heads=2, context=16, vocab_size=256, init_scale=0.1)
 
 # Most of a test's time would go into compiling the same step again, and into making it fast.
@@ -92,7 +92,7 @@ def environment(devices: int, **settings: Any) -> dict[str, str]:
 def start(arguments: list[str], devices: int, cache: Path, **how: float) -> subprocess.Popen:
     """`run` in a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.lm_worker", json.dumps(how), *arguments],
+        [sys.executable, "-m", "tests.trainer.worker", json.dumps(how), *arguments],
         cwd=ROOT,
         env=environment(devices, jax_compilation_cache_dir=cache),
         stdout=subprocess.PIPE,

@@ -18,7 +18,7 @@ from examples.lm.loop import Result, fit
 from examples.lm.model import Transformer, parameter_count
 from examples.lm.optimizers import OPTIMIZERS, build
 from examples.lm.train import Trainer
-from tests import lm_worker
+from tests.trainer import worker
 
 MICRO = ModelConfig(layers=2, width=16, heads=4, context=16, vocab_size=256, init_scale=0.1)
 
@@ -26,7 +26,7 @@ MICRO = ModelConfig(layers=2, width=16, heads=4, context=16, vocab_size=256, ini
 @pytest.fixture(scope="module", autouse=True)
 def micro_preset(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compiled")
-    with pytest.MonkeyPatch.context() as patch, lm_worker.quick_compilation(folder):
+    with pytest.MonkeyPatch.context() as patch, worker.quick_compilation(folder):
         patch.setitem(MODELS, "micro", MICRO)
         yield
 
@@ -308,8 +308,8 @@ def test_the_linen_example_trains_in_shards_on_eight_devices():
     # By itself: checking types at run time, Flax's TrainState does not take shapes for arrays.
     subprocess.run(
         [sys.executable, "-W", "error", "-c", LINEN],
-        cwd=lm_worker.ROOT,
-        env=lm_worker.environment(devices=8),
+        cwd=worker.ROOT,
+        env=worker.environment(devices=8),
         check=True,
         timeout=200,
     )

@@ -1,6 +1,6 @@
 """One process of `test_distributed.py`: trains on a mesh over all processes and saves what it has.
 
-python -m tests.distributed_worker ADDRESS PROCESSES PROCESS DEVICES OUTPUT
+python -m tests.library.distributed_worker ADDRESS PROCESSES PROCESS DEVICES OUTPUT
 """
 
 import sys

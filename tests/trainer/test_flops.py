@@ -10,7 +10,7 @@ from examples.lm import flops, loop, mesh
 from examples.lm.config import MODELS, MeshConfig, ModelConfig, TrainConfig
 from examples.lm.data import Corpus
 from examples.lm.train import Trainer
-from tests import lm_worker
+from tests.trainer import worker
 
 
 def test_a_token_takes_6_for_each_weight_and_what_attention_does():
@@ -56,13 +56,13 @@ def test_utilization_is_known_where_the_chips_peak_is(kind, peak):
 
 
 def test_utilization_is_logged_where_it_is_known(monkeypatch, tmp_path):
-    monkeypatch.setitem(MODELS, "micro", lm_worker.MICRO)
+    monkeypatch.setitem(MODELS, "micro", worker.MICRO)
     monkeypatch.setattr(flops, "peak", lambda device: 1e12)
     text = np.arange(4096, dtype=np.uint16) % 256
     config = TrainConfig(model="micro", optimizer="adamw", steps=2, batch_size=8, eval_batches=1)
-    with lm_worker.quick_compilation(tmp_path):
+    with worker.quick_compilation(tmp_path):
         device_mesh = mesh.make_mesh(MeshConfig(), jax.devices()[:1])
         result = loop.fit(config, Corpus(text, text, text, 256), device_mesh=device_mesh)
     line = result.records[0]
-    expected = line["tokens_per_second"] * flops.per_token(lm_worker.MICRO) / 1e12
+    expected = line["tokens_per_second"] * flops.per_token(worker.MICRO) / 1e12
     assert line["mfu"] == pytest.approx(expected)

@@ -5,8 +5,8 @@ import inspect
 import re
 
 import sophia_optax
-from tests import pages
-from tests.pages import ROOT
+from tests.repository import pages
+from tests.repository.pages import ROOT
 
 README = pages.README.read_text()
 WORKS_WITH = (ROOT / "docs/works-with.md").read_text()
@@ -22,7 +22,7 @@ def table(text: str, title: str) -> list[list[str]]:
 def names_of_tests() -> set[str]:
     return {
         node.name
-        for path in ROOT.glob("tests/test_*.py")
+        for path in ROOT.glob("tests/*/test_*.py")
         for node in ast.parse(path.read_text()).body
         if isinstance(node, ast.FunctionDef)
     }

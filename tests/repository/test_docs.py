@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests import pages
-from tests.pages import ROOT
+from tests.repository import pages
+from tests.repository.pages import ROOT
 
 PACKAGE = ROOT / "sophia_optax"
 API = (ROOT / "docs/api.md").read_text()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from examples.lm import report
-from tests import lm_worker
+from tests.trainer import worker
 
 STEPS = 100
 RUN = ["train", "--model", "micro", "--optimizer", "sophia_g", "--steps", str(STEPS)]
@@ -32,7 +32,7 @@ def start_two(out: Path, cache: Path, *flags: str) -> list[subprocess.Popen]:
     hosts = ["--hosts.coordinator", address, "--hosts.processes", "2"]
     hosts += ["--hosts.timeout", str(TIMEOUT), "--out", str(out), *flags]
     return [
-        lm_worker.start([*RUN, *hosts, "--hosts.process", str(i)], 4, cache, pause=0.04)
+        worker.start([*RUN, *hosts, "--hosts.process", str(i)], 4, cache, pause=0.04)
         for i in range(2)
     ]
 
@@ -83,7 +83,7 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     seen["bereft for"] = time.monotonic() - killed
 
     workers = start_two(out, cache, "--resume")
-    workers.append(lm_worker.start([*RUN, "--out", str(folder / "alone")], 8, cache))
+    workers.append(worker.start([*RUN, "--out", str(folder / "alone")], 8, cache))
     seen["finished"] = finish(workers)
     seen["losses"], seen["expected"] = (
         [line.get("loss", line.get("val_loss")) for line in lines(path)]

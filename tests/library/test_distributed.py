@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def start(
@@ -15,7 +15,7 @@ def start(
 ) -> subprocess.Popen:
     arguments = [address, str(processes), str(process), str(devices), str(output)]
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.distributed_worker", *arguments],
+        [sys.executable, "-m", "tests.library.distributed_worker", *arguments],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

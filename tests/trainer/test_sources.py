@@ -9,7 +9,7 @@ import pytest
 
 from examples.lm import data, hosts, stream, tokenizers
 from examples.lm.config import UsageError
-from tests import lm_worker
+from tests.trainer import worker
 
 RUN = ["train", "--model", "micro", "--optimizer", "adamw", "--steps", "2", "--batch-size", "8"]
 RUN += ["--curvature-batch", "8", "--eval-interval", "2", "--eval-batches", "1"]
@@ -17,7 +17,7 @@ RUN += ["--curvature-batch", "8", "--eval-interval", "2", "--eval-batches", "1"]
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled(tmp_path_factory):
-    with lm_worker.quick_compilation(tmp_path_factory.mktemp("compiled")):
+    with worker.quick_compilation(tmp_path_factory.mktemp("compiled")):
         yield
 
 
@@ -63,11 +63,11 @@ def test_a_run_on_files_with_learnt_byte_pairs(cache, tmp_path, monkeypatch):
     (tmp_path / "text").mkdir()
     for i in range(3):
         (tmp_path / "text" / f"{i}.txt").write_bytes(TEXT)
-    model = dataclasses.replace(lm_worker.MICRO, vocab_size=None)
-    monkeypatch.setattr(lm_worker, "MICRO", model)
+    model = dataclasses.replace(worker.MICRO, vocab_size=None)
+    monkeypatch.setattr(worker, "MICRO", model)
     out = tmp_path / "out"
     source = ["--data", f"text:{tmp_path}/text/*.txt", "--tokenizer", "bpe:300"]
-    assert lm_worker.run([*RUN, *source, "--out", str(out)]) == 0
+    assert worker.run([*RUN, *source, "--out", str(out)]) == 0
     assert losses(out)[0] == pytest.approx(np.log(300), rel=0.1)
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
 
@@ -76,10 +76,10 @@ def test_a_run_on_token_files(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     for name in ("train", "val"):
         rng.integers(0, 50257, 2000).astype(np.uint16).tofile(tmp_path / f"{name}.bin")
-    model = dataclasses.replace(lm_worker.MICRO, vocab_size=None)
-    monkeypatch.setattr(lm_worker, "MICRO", model)
+    model = dataclasses.replace(worker.MICRO, vocab_size=None)
+    monkeypatch.setattr(worker, "MICRO", model)
     out = tmp_path / "out"
-    assert lm_worker.run([*RUN, "--data", f"bin:{tmp_path}", "--out", str(out)]) == 0
+    assert worker.run([*RUN, "--data", f"bin:{tmp_path}", "--out", str(out)]) == 0
     assert losses(out)[0] == pytest.approx(np.log(50257), rel=0.1)
 
 
@@ -172,9 +172,9 @@ def test_each_process_reads_its_own_part_of_a_stream(dataset):
 def test_a_run_on_a_stream_resumes_to_the_bit(dataset, tmp_path):
     run = [*RUN, "--steps", "6", "--data", dataset, "--log-interval", "1", "--out"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert lm_worker.run([*run, str(whole)]) == 0
-    assert lm_worker.run([*run, str(cut)], stop_after=1) == 0
-    assert lm_worker.run([*run, str(cut), "--resume"]) == 0
+    assert worker.run([*run, str(whole)]) == 0
+    assert worker.run([*run, str(cut)], stop_after=1) == 0
+    assert worker.run([*run, str(cut), "--resume"]) == 0
     assert losses(cut) == losses(whole)
 
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from examples.lm import compare, data, mesh
 from examples.lm.config import MODELS, MeshConfig, TrainConfig
 from examples.lm.train import Trainer
-from tests import lm_worker
+from tests.trainer import worker
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,7 @@ def kernels(monkeypatch):
         return plain(query, key, value, is_causal=True)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", attention)
-    monkeypatch.setitem(MODELS, "micro", lm_worker.MICRO)
+    monkeypatch.setitem(MODELS, "micro", worker.MICRO)
     return calls
 
 

@@ -23,7 +23,7 @@ from examples.lm import report
 from examples.lm.__main__ import main
 from examples.lm.checkpoint import Checkpoints
 from examples.lm.config import TrainConfig
-from tests import lm_worker
+from tests.trainer import worker
 
 RUN = shlex.split(
     "train --model micro --optimizer sophia_g --steps 12 --batch-size 8 --curvature-batch 8 "
@@ -35,7 +35,7 @@ RUN = shlex.split(
 def cache(tmp_path_factory):
     """Where compiled steps are kept; this process trains on one device."""
     device, folder = jax.devices()[:1], tmp_path_factory.mktemp("compiled")
-    with pytest.MonkeyPatch.context() as patch, lm_worker.quick_compilation(folder):
+    with pytest.MonkeyPatch.context() as patch, worker.quick_compilation(folder):
         patch.setattr(jax, "devices", lambda *_: device)
         yield folder
 
@@ -44,7 +44,7 @@ def cache(tmp_path_factory):
 def finished(tmp_path_factory):
     """The folder of a run that was never interrupted."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
-    assert lm_worker.run([*RUN, "--out", str(folder)]) == 0
+    assert worker.run([*RUN, "--out", str(folder)]) == 0
     return folder
 
 
@@ -86,10 +86,10 @@ def test_sigterm_saves_and_leaves_with_code_0_and_the_run_resumes_to_the_bit(
     finished, tmp_path, capsys
 ):
     folder = tmp_path / "terminated"
-    assert lm_worker.run([*RUN, "--out", str(folder)], stop_after=5) == 0
+    assert worker.run([*RUN, "--out", str(folder)], stop_after=5) == 0
     assert "--resume" in capsys.readouterr().out
     assert max(steps_of(folder)) in (6, 7)
-    assert lm_worker.run([*RUN, "--resume", "--out", str(folder)]) == 0
+    assert worker.run([*RUN, "--resume", "--out", str(folder)]) == 0
     assert_same_run(folder, finished)
 
 
@@ -97,7 +97,7 @@ def test_a_run_that_has_nothing_left_to_do_reports_once_more(finished, tmp_path)
     folder = tmp_path / "again"
     shutil.copytree(finished, folder)
     (folder / "summary.json").unlink()
-    assert lm_worker.run([*RUN, "--resume", "--out", str(folder)]) == 0
+    assert worker.run([*RUN, "--resume", "--out", str(folder)]) == 0
     again, before = (json.loads((f / "summary.json").read_text()) for f in (folder, finished))
     expected = before["runs"]["sophia_g"]["validation_loss"]
     assert again["runs"]["sophia_g"]["validation_loss"] == expected
@@ -117,7 +117,7 @@ def test_a_run_killed_twice_loses_no_more_than_the_steps_since_its_last_save(
     folder = tmp_path / "killed"
     arguments = [*RUN, "--save-interval", "1", "--out", str(folder)]
     started = time.monotonic()
-    process = lm_worker.start(arguments, 1, cache, pause=0.1)
+    process = worker.start(arguments, 1, cache, pause=0.1)
     wait_for((folder / "checkpoints").is_dir, process)
     wait_for(lambda: len(steps_of(folder)) > 1 and leftovers(folder), process)  # in a save
     process.kill()
@@ -125,13 +125,13 @@ def test_a_run_killed_twice_loses_no_more_than_the_steps_since_its_last_save(
     assert process.returncode == -signal.SIGKILL, printed
 
     arguments.append("--resume")
-    process = lm_worker.start(arguments, 1, cache, pause=0.1)
+    process = worker.start(arguments, 1, cache, pause=0.1)
     time.sleep(random.uniform(0, lifetime))  # at any moment
     process.kill()
     process.communicate()
     saved = max(steps_of(folder))
     capsys.readouterr()
-    assert lm_worker.run(arguments) == 0
+    assert worker.run(arguments) == 0
     assert f"Resuming after step {saved}." in capsys.readouterr().out
     assert not leftovers(folder)
     assert_same_run(folder, finished)
@@ -154,7 +154,7 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_it_resumed_to_the_bit(
     shutil.copytree(torn, folder / "checkpoints" / "16.orbax-checkpoint-tmp")  # killed in a save
     for file in [p for p in torn.rglob("*") if p.is_file()]:
         os.truncate(file, file.stat().st_size // 2)
-    assert lm_worker.run([*RUN, "--resume", "--out", str(folder)]) == 0
+    assert worker.run([*RUN, "--resume", "--out", str(folder)]) == 0
     assert str(torn) in capsys.readouterr().err
     assert not leftovers(folder)
     assert_same_run(folder, finished)
@@ -174,7 +174,7 @@ def test_another_runs_checkpoint_is_refused_by_naming_what_differs(
 ):
     before = (finished / "run.json").read_text()
     arguments = [*RUN, *flags.split(), "--resume", "--out", str(finished)]
-    assert lm_worker.run(arguments) == 2
+    assert worker.run(arguments) == 2
     assert difference in capsys.readouterr().err
     assert (finished / "run.json").read_text() == before
 
@@ -235,7 +235,7 @@ def test_a_full_disk_is_said_costs_one_checkpoint_and_no_step(
             if step in (5, 10):
                 fill(step == 5)
 
-        code = lm_worker.run(arguments, seen=fill_for_the_second_save)
+        code = worker.run(arguments, seen=fill_for_the_second_save)
         fill(False)
         message = capsys.readouterr().err
         assert "checkpoint after step 8 could not be saved" in message
@@ -243,7 +243,7 @@ def test_a_full_disk_is_said_costs_one_checkpoint_and_no_step(
         if policy == "stop":
             assert code == 2
             assert steps_of(folder) == {4}
-            assert lm_worker.run([*arguments, "--resume"]) == 0
+            assert worker.run([*arguments, "--resume"]) == 0
             assert steps_of(folder) == {4, 8, 12}
         else:
             assert code == 0
@@ -261,12 +261,12 @@ def test_a_run_goes_on_on_other_devices_with_the_same_losses_to_rounding(finishe
     arguments = [*RUN, "--out", str(folder)]
     for devices, data, stop_after in ((8, 2, 2), (4, 1, 6)):
         mesh = ["--mesh.data", str(data), "--mesh.fsdp", "4"]
-        process = lm_worker.start([*arguments, *mesh], devices, cache, stop_after=stop_after)
+        process = worker.start([*arguments, *mesh], devices, cache, stop_after=stop_after)
         printed = process.communicate(timeout=200)[0]
         assert process.returncode == 0, printed
         assert "Stopped after step" in printed
         arguments = [*RUN, "--out", str(folder), "--resume"]
-    assert lm_worker.run(arguments) == 0
+    assert worker.run(arguments) == 0
     for mine, theirs in zip(losses(folder), losses(finished), strict=True):
         assert mine[0] == theirs[0]
         for x, y in zip(mine[1:], theirs[1:], strict=True):
@@ -315,7 +315,7 @@ def test_a_sample_begins_with_its_prompt_and_leaves_the_run_as_it_is(finished, c
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
     flags = ["--out", str(finished), "--prompt", "import ", "--tokens", "5", "--seed"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(lm_worker.MODELS, "micro", lm_worker.MICRO)
+        patch.setitem(worker.MODELS, "micro", worker.MICRO)
         samples = []
         for seed in ("0", "0", "1"):
             assert main(["generate", *flags, seed]) == 0

@@ -1,0 +1,182 @@
+"""Errors: the fact with the offending value or tree path, then a remedy."""
+
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import optax
+import pytest
+
+import sophia_optax
+from tests.transforms import GRADS, HESSIAN, PARAMS, constant
+
+Tree = Any
+
+
+# Errors: the fact with the offending value or tree path, then a remedy
+
+
+@pytest.mark.parametrize("name", ["mu_dtype", "nu_dtype"])
+def test_a_dtype_that_holds_no_average_is_refused_at_construction(name: str) -> None:
+    with pytest.raises(TypeError, match=rf"{name} is 'int32'.*floating point"):
+        sophia_optax.scale_by_sophia(**{name: "int32"})
+
+
+BAD_NUMBERS = [
+    ("b1", -0.1),
+    ("b1", 1.0),
+    ("b1", math.nan),
+    ("b1", np.float32(1.5)),
+    ("b2", 1),
+    ("b2", -1e-3),
+    ("b2", math.inf),
+    ("eps", 0.0),
+    ("eps", -1e-8),
+    ("eps", math.inf),
+    ("gamma", 0.0),
+    ("gamma", -0.01),
+    ("gamma", math.nan),
+    ("clip_threshold", 0.0),
+    ("clip_threshold", -1.0),
+    ("clip_threshold", math.nan),
+    ("update_interval", 0),
+    ("update_interval", -3),
+    ("update_interval", 2.5),
+    ("update_interval", math.nan),
+]
+
+
+@pytest.fixture
+def own_checks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the run-time type checks of the tests, which would speak before the library does."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+def assert_helpful(message: str, *facts: str) -> None:
+    """Every fact is in the message, which has more than one sentence (the second: a remedy)."""
+    for fact in facts:
+        assert fact in message, f"{fact!r} is not in {message!r}"
+    sentences = re.split(r"[.;:]\s+", message.strip())
+    assert len(sentences) > 1, message
+
+
+@pytest.mark.parametrize("factory", ("scale_by_sophia", "sophia_h", "sophia_g"))
+@pytest.mark.parametrize(("name", "value"), BAD_NUMBERS)
+def test_a_number_out_of_range_is_refused_at_construction(
+    factory: str, name: str, value: Any
+) -> None:
+    args = () if factory == "scale_by_sophia" else (1e-2,)
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        getattr(sophia_optax, factory)(*args, **{name: value})
+    assert_helpful(str(error.value), name, str(value))
+
+
+@pytest.mark.parametrize("alias", ("sophia_h", "sophia_g"))
+@pytest.mark.parametrize("value", (-0.1, math.nan))
+def test_a_negative_weight_decay_is_refused(alias: str, value: float) -> None:
+    with pytest.raises(ValueError, match="weight_decay") as error:
+        getattr(sophia_optax, alias)(1e-2, weight_decay=value)
+    assert_helpful(str(error.value), str(value))
+
+
+@pytest.mark.usefixtures("own_checks_alone")
+@pytest.mark.parametrize(
+    "name", ("b1", "b2", "eps", "gamma", "clip_threshold", "update_interval", "weight_decay")
+)
+def test_a_schedule_goes_through_inject_hyperparams(name: str) -> None:
+    with pytest.raises(TypeError) as error:
+        sophia_optax.sophia_h(1e-2, **{name: optax.constant_schedule(0.5)})
+    assert_helpful(str(error.value), name, "optax.inject_hyperparams")
+
+
+BAD_ESTIMATES: dict[str, tuple[Any, type[Exception], tuple[str, ...]]] = {
+    "wrong_shape": ({"w": jnp.ones(4), "b": HESSIAN["b"]}, ValueError, ("w", "(4,)", "(2, 2)")),
+    "scalar": ({"w": HESSIAN["w"], "b": jnp.ones(())}, ValueError, ("b", "()", "(3,)")),
+    "missing_leaf": ({"w": HESSIAN["w"]}, ValueError, ("b",)),
+    "extra_leaf": ({**HESSIAN, "zzz": jnp.ones(2)}, ValueError, ("zzz",)),
+    "wrong_container": ([HESSIAN["w"], HESSIAN["b"]], ValueError, ()),
+    "none": (None, ValueError, ()),
+    "complex": ({"w": HESSIAN["w"] * 1j, "b": HESSIAN["b"]}, TypeError, ("w", "complex64")),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ESTIMATES)
+@pytest.mark.parametrize("refresh", (None, True))
+def test_an_estimate_that_does_not_fit_is_refused_with_its_path(
+    name: str, refresh: bool | None
+) -> None:
+    estimate, exception, facts = BAD_ESTIMATES[name]
+    tx = sophia_optax.sophia_h(1e-2)
+    with pytest.raises(exception) as error:
+        tx.update(GRADS, tx.init(PARAMS), PARAMS, hessian_fn=constant(estimate), refresh=refresh)
+    assert_helpful(str(error.value), *facts)
+
+
+def test_the_path_in_an_error_is_that_of_the_nested_leaf() -> None:
+    params = {"block": [{"kernel": jnp.ones((2, 3))}, {"kernel": jnp.ones((3, 2))}]}
+    estimate = {"block": [{"kernel": jnp.ones((2, 3))}, {"kernel": jnp.ones((2, 3))}]}
+    tx = sophia_optax.scale_by_sophia()
+    with pytest.raises(ValueError, match=re.escape("['block'][1]['kernel']")) as error:
+        tx.update(params, tx.init(params), params, hessian_fn=constant(estimate))
+    assert_helpful(str(error.value), "(2, 3)", "(3, 2)")
+
+
+def test_a_missing_estimator_is_named_with_the_remedy() -> None:
+    tx = sophia_optax.scale_by_sophia()
+    with pytest.raises(ValueError, match="hessian_fn") as error:
+        tx.update(GRADS, tx.init(PARAMS), PARAMS)
+    assert_helpful(str(error.value), "hutchinson")
+
+
+@pytest.mark.usefixtures("own_checks_alone")
+def test_an_estimate_in_place_of_an_estimator_is_refused() -> None:
+    tx = sophia_optax.scale_by_sophia()
+    with pytest.raises(TypeError, match="hessian_fn"):
+        tx.update(GRADS, tx.init(PARAMS), PARAMS, hessian_fn=HESSIAN)
+
+
+@pytest.mark.usefixtures("own_checks_alone")
+def test_a_traced_refresh_is_refused() -> None:
+    tx = sophia_optax.scale_by_sophia()
+    state = tx.init(PARAMS)
+
+    def update(refresh: jax.Array) -> Any:
+        return tx.update(GRADS, state, PARAMS, hessian_fn=constant(HESSIAN), refresh=refresh)
+
+    with pytest.raises((TypeError, ValueError), match="refresh") as error:
+        jax.jit(update)(jnp.asarray(True))
+    assert type(error.value) in {TypeError, ValueError}, "JAX's own error, not the library's"
+
+
+def test_complex_leaves_are_refused_with_their_path() -> None:
+    params = {"real": jnp.ones(2), "z": jnp.ones(2, jnp.complex64)}
+    tx = sophia_optax.scale_by_sophia()
+    with pytest.raises(TypeError, match="z") as error:
+        tx.update(params, tx.init(params), params, hessian_fn=constant(params))
+    assert_helpful(str(error.value), "['z']", "complex64")
+
+
+def test_flatten_is_named_in_the_error() -> None:
+    tx = optax.flatten(sophia_optax.scale_by_sophia())
+    with pytest.raises(ValueError, match=r"optax\.flatten") as error:
+        tx.update(GRADS, tx.init(PARAMS), PARAMS, hessian_fn=constant(HESSIAN))
+    assert_helpful(str(error.value))
+
+
+@pytest.mark.parametrize("every_k", (0, -1))
+def test_on_emit_refuses_an_interval_that_cannot_be(every_k: int) -> None:
+    multi = optax.MultiSteps(sophia_optax.sophia_h(1e-2), 2)
+    with pytest.raises(ValueError, match="every_k") as error:
+        sophia_optax.on_emit(constant(HESSIAN), multi.init(PARAMS), every_k)
+    assert_helpful(str(error.value), str(every_k))
+
+
+@pytest.mark.usefixtures("own_checks_alone")
+def test_on_emit_refuses_a_state_that_is_not_of_multi_steps() -> None:
+    state = sophia_optax.sophia_h(1e-2).init(PARAMS)
+    with pytest.raises((TypeError, ValueError), match="MultiSteps"):
+        sophia_optax.on_emit(constant(HESSIAN), state, 2)
