@@ -237,7 +237,7 @@ def _with_decay_and_rate(
                 "update(grads, state, params, hessian_fn=...)."
             )
         moved, state = chain.update(updates, state, params, **extra_args)
-        return _trees.like_gradients(moved, updates), state
+        return _trees.cast_updates(moved, updates, params), state
 
     return optax.GradientTransformationExtraArgs(chain.init, update)
 

@@ -5,13 +5,15 @@ asks for it. Under Auto axes the compiler propagates it, provided that there is 
 propagate through. Either way nothing is made on one device and then moved.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import AxisType, NamedSharding
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 
 def is_inexact(leaf: Any) -> bool:
@@ -25,13 +27,30 @@ def at_least_float32(dtype: Any) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def widen(x: Any) -> Any:
+    """Widens an array to float32 at least; a Python number adapts by itself."""
+    return x.astype(at_least_float32(x.dtype)) if isinstance(x, jax.Array) else x
+
+
+def log(x: Any) -> Any:
+    """The logarithm of an array, or, in double precision, of a Python number; -inf for zero."""
+    if isinstance(x, jax.Array):
+        return jnp.log(x)
+    return math.log(x) if x > 0 else -math.inf
+
+
+def increment(count: Int[Array, ""]) -> Int[Array, ""]:
+    """Adds one, and stays at the largest integer rather than wrap around."""
+    return jnp.asarray(optax.safe_increment(count))
+
+
 def explicit_sharding(leaf: Any) -> NamedSharding | None:
     """The sharding that is part of a leaf's type, or None where the compiler decides."""
     sharding = jax.typeof(leaf).sharding
     return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 
 
-def tie(x: Array, leaf: Array) -> Array:
+def depend_on_layout(x: Array, leaf: Array) -> Array:
     """Lets the compiler lay an array out as a leaf of its shape is, by depending on that.
 
     Args:
@@ -58,14 +77,16 @@ def zeros_like(leaf: Any, dtype: Any) -> Array:
     zeros = jnp.zeros_like(leaf, dtype=dtype)
     if not isinstance(leaf, jax.Array):
         return zeros
-    # As `tie`, but the choice is between zero and zero, and the compiler drops it in the end.
+    # As `depend_on_layout`, but between zero and zero, so that the compiler drops it in the end.
     return jnp.where(leaf != leaf, zeros, jnp.zeros((), dtype))
 
 
 def random_signs(key: PRNGKeyArray, like: Float[Array, "..."]) -> Float[Array, "..."]:
     """Independent random signs (Rademacher) of an array's shape, dtype and sharding."""
     sharding = explicit_sharding(like)
-    return tie(jax.random.rademacher(key, like.shape, like.dtype, out_sharding=sharding), like)
+    return depend_on_layout(
+        jax.random.rademacher(key, like.shape, like.dtype, out_sharding=sharding), like
+    )
 
 
 def random_normal(key: PRNGKeyArray, like: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -80,7 +101,7 @@ def random_normal(key: PRNGKeyArray, like: Float[Array, "..."]) -> Float[Array, 
     """
     dtype, sharding = at_least_float32(like.dtype), explicit_sharding(like)
     draw = jax.random.normal(key, like.shape, dtype, out_sharding=sharding)
-    return tie(draw.astype(like.dtype), like)
+    return depend_on_layout(draw.astype(like.dtype), like)
 
 
 def mean_over_keys(

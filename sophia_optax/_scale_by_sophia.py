@@ -31,6 +31,7 @@ Differences from the authors' PyTorch SophiaG, besides 1, 2, 3, 4 and 9: the bat
 the estimate, not of the optimizer, and ε is a floor, not added.
 """
 
+import dataclasses
 import math
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -42,22 +43,85 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from sophia_optax import _arrays, _checks, _trees, _win_rate_target
 from sophia_optax._types import HessianFn, Params, Scalar
-from sophia_optax._win_rate_target import WinRateTarget
+from sophia_optax._win_rate_target import FixedGamma, GammaControl, WinRateTarget
 
 FLOAT32 = jnp.dtype("float32")  # Not jnp.float32: optax.inject_hyperparams calls callables.
 
+
+@dataclasses.dataclass(frozen=True)
+class SophiaRule:
+    """The equations of one step, as functions of arrays: one method each, in their order.
+
+    They are elementwise, so that they hold in any coordinates. `m`, `h` and `g` are arrays of one
+    parameter; what is computed from them is float32, or wider where they are.
+
+    Attributes:
+      b1: decay of m.
+      b2: decay of h, at each estimate.
+      eps: ε, the floor of the denominator.
+      clip_threshold: ρ, or None.
+      bias_correction: whether h is divided by 1 - b2ⁿ.
+      absolute_curvature: whether |h| is used instead of h.
+      nesterov: whether the step looks one gradient ahead of m.
+    """
+
+    b1: Any
+    b2: Any
+    eps: Any
+    clip_threshold: Any
+    bias_correction: bool = True
+    absolute_curvature: bool = True
+    nesterov: bool = False
+
+    def momentum(self, m: Array, g: Array, decay: Any = None) -> Array:
+        """m_t = b1 m_{t-1} + (1 - b1) g_t; `decay` is b1, where a caller has to make it depend."""
+        m = _arrays.widen(m)
+        return (self.b1 if decay is None else decay) * m + (1 - self.b1) * jnp.asarray(g, m.dtype)
+
+    def lookahead(self, m: Array, g: Array) -> Array:
+        """The momentum that the step takes: m_t, or b1 m_t + (1 - b1) g_t with Nesterov's."""
+        return self.momentum(m, g) if self.nesterov else m
+
+    def curvature(self, h: Array, estimate: Array) -> Array:
+        """h_t = b2 h_{t-1} + (1 - b2) ĥ, in the dtype of h."""
+        average = self.b2 * _arrays.widen(h) + (1 - self.b2) * _arrays.widen(estimate)
+        return average.astype(h.dtype)
+
+    def scale(self, gamma: Any, refreshes: Int[Array, ""]) -> Any:
+        """γ / (1 - b2ⁿ), one number for all coordinates: h starts at zero and lacks that much."""
+        if not self.bias_correction:
+            return gamma
+        # 1 - b2ⁿ without the cancellation that costs three digits at b2 = 0.9999.
+        share = -jnp.expm1(refreshes * _arrays.log(self.b2))
+        return gamma / jnp.where(refreshes == 0, 1.0, share)
+
+    def scaled_curvature(self, h: Array, scale: Any) -> Array:
+        """γ |h_t| / (1 - b2ⁿ)."""
+        # |scale h| and not scale |h|: XLA for TPU would have the branch return |h| beside h.
+        product = scale * _arrays.widen(h)
+        return jnp.abs(product) if self.absolute_curvature else product
+
+    def denominator(self, h: Array, scale: Any) -> Array:
+        """max(γ |h_t| / (1 - b2ⁿ), ε)."""
+        return jnp.maximum(self.scaled_curvature(h, scale), self.eps)
+
+    def largest_unclipped(self, h: Array, scale: Any) -> Array:
+        """The momentum from which on a coordinate is clipped."""
+        bound = self.denominator(h, scale)
+        return bound if self.clip_threshold is None else self.clip_threshold * bound
+
+    def step(self, m: Array, h: Array, scale: Any) -> Array:
+        """u_t = clip(m_t / max(γ |h_t| / (1 - b2ⁿ), ε), ±ρ); NaN where m is not finite."""
+        u = m / self.denominator(h, scale)
+        if self.clip_threshold is None:
+            return u
+        # Clipped, an infinite momentum would look like any other for the rest of the run.
+        u = jnp.clip(u, -self.clip_threshold, self.clip_threshold)
+        return jnp.where(jnp.isfinite(m), u, jnp.nan)
+
+
 Gamma: TypeAlias = Scalar | WinRateTarget
 """γ, or the win rate that it is to follow from."""
-
-
-class _Curvature(NamedTuple):
-    """What a refresh changes."""
-
-    nu: list[Any]
-    refreshes: Int[Array, ""]
-    rejected: Int[Array, ""]
-    win_rate: Float[Array, ""]
-    gammas: list[Any]
 
 
 class ScaleBySophiaState(NamedTuple):
@@ -96,6 +160,7 @@ def scale_by_sophia(
     *,
     bias_correction: bool = True,
     absolute_curvature: bool = True,
+    nesterov: bool = False,
     mu_dtype: DTypeLike | None = None,
     nu_dtype: DTypeLike | None = FLOAT32,
     seed: Scalar = 0,
@@ -143,6 +208,8 @@ def scale_by_sophia(
         negative, which noise makes of many in Hutchinson's estimates, steps as if it were positive.
         The paper does not: the step is a sign step there. No step is larger with |h|.
         Default: what `benchmarks/lm_race.py` and `benchmarks/warmup.py` found the better.
+      nesterov: whether the step looks one gradient ahead of m: b1 m + (1 - b1) g instead of m. The
+        paper does not.
       mu_dtype: dtype of m; None takes that of each parameter.
       nu_dtype: dtype of h; None takes that of each parameter.
       seed: of the keys that the estimates are drawn with.
@@ -158,48 +225,52 @@ def scale_by_sophia(
       TypeError: if a hyperparameter is a callable or not a number, or a dtype is no floating one.
       ValueError: if a hyperparameter is out of its range.
     """
-    _checks.check_number("b1", b1, 0, 1, "[0, 1)")
-    _checks.check_number("b2", b2, 0, 1, "[0, 1)")
-    _checks.check_number("eps", eps, 0, float("inf"), "(0, ∞)")
-    target = gamma if isinstance(gamma, WinRateTarget) else None
-    if target is None:
-        _checks.check_number("gamma", gamma, 0, float("inf"), "(0, ∞)")
-    else:
-        _win_rate_target.check_clip(clip_threshold)
+    for name, value in {"b1": b1, "b2": b2}.items():
+        _checks.check_number(name, value, 0, 1, "[0, 1)")
+    _checks.check_number("eps", eps, 0, math.inf, "(0, ∞)")
     if clip_threshold is not None:
-        _checks.check_number("clip_threshold", clip_threshold, 0, float("inf"), "(0, ∞)")
+        _checks.check_number("clip_threshold", clip_threshold, 0, math.inf, "(0, ∞)")
+    if isinstance(gamma, WinRateTarget):
+        _win_rate_target.check_clip(clip_threshold)
+    else:
+        _checks.check_number("gamma", gamma, 0, math.inf, "(0, ∞)")
     _checks.check_count("update_interval", update_interval)
     _checks.check_dtype("mu_dtype", mu_dtype)
     _checks.check_dtype("nu_dtype", nu_dtype)
+    rule = SophiaRule(
+        b1=_arrays.widen(b1),
+        b2=_arrays.widen(b2),
+        eps=_arrays.widen(eps),
+        clip_threshold=None if clip_threshold is None else _arrays.widen(clip_threshold),
+        bias_correction=bias_correction,
+        absolute_curvature=absolute_curvature,
+        nesterov=nesterov,
+    )
+    control = gamma if isinstance(gamma, WinRateTarget) else FixedGamma(_arrays.widen(gamma))
+    return transformation(rule, control, update_interval, mu_dtype, nu_dtype, seed)
 
-    b1, b2, eps = map(_wide, (b1, b2, eps))
-    fixed_gamma = None if target else _wide(gamma)
-    clip = None if clip_threshold is None else _wide(clip_threshold)
-    log_b2 = _log(b2)
 
-    def momentum(g: Any, m: Array, decay: Any) -> Array:
-        return decay * _wide(m) + (1 - b1) * jnp.asarray(g, _wide(m).dtype)
+def transformation(
+    rule: SophiaRule,
+    control: GammaControl,
+    update_interval: Scalar = 10,
+    mu_dtype: DTypeLike | None = None,
+    nu_dtype: DTypeLike | None = FLOAT32,
+    seed: Scalar = 0,
+) -> optax.GradientTransformationExtraArgs:
+    """Makes the transformation out of its equations, so that a study can change one of them.
 
-    def scale_of(gamma: Any, refreshes: Int[Array, ""]) -> Any:
-        """What h is multiplied by: γ / (1 - b2ⁿ), one number for all coordinates."""
-        # 1 - b2ⁿ without the cancellation that costs three digits at b2 = 0.9999.
-        share = jnp.where(refreshes == 0, 1.0, -jnp.expm1(refreshes * log_b2))
-        return gamma / share if bias_correction else gamma
+    Args:
+      rule: the equations of a step.
+      control: what sets γ.
+      update_interval: k.
+      mu_dtype: dtype of m; None takes that of each parameter.
+      nu_dtype: dtype of h; None takes that of each parameter.
+      seed: of the keys that the estimates are drawn with.
 
-    def scaled(h: Array, scale: Any) -> Array:
-        # |scale h| and not scale |h|: XLA for TPU would have the branch return |h| beside h.
-        product = scale * _wide(h)
-        return jnp.abs(product) if absolute_curvature else product
-
-    def denominator(h: Array, scale: Any) -> Array:
-        return jnp.maximum(scaled(h, scale), eps)
-
-    def first_gamma(params: Params) -> Array:
-        if target is None:
-            return _as_state(gamma)
-        if target.per_tensor:
-            return jnp.ones(len(jax.tree.leaves(params)), jnp.float32)
-        return jnp.ones((), jnp.float32)
+    Returns:
+      A transformation with the state and the `update` of `scale_by_sophia`.
+    """
 
     def init(params: Params) -> ScaleBySophiaState:
         def zeros(dtype: DTypeLike | None) -> PyTree[Array]:
@@ -214,7 +285,7 @@ def scale_by_sophia(
             refreshes=jnp.zeros((), jnp.int32),
             rejected=jnp.zeros((), jnp.int32),
             win_rate=jnp.zeros((), jnp.float32),
-            gamma=first_gamma(params),
+            gamma=control.init(params),
         )
 
     def update(
@@ -226,127 +297,116 @@ def scale_by_sophia(
         refresh: bool | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, ScaleBySophiaState]:
-        del params, extra_args
+        del extra_args
         state = cast(ScaleBySophiaState, state)
         _check_update_arguments(hessian_fn, refresh)
-        owned = _trees.Owned.of(updates)
-        gs, ms, hs = owned.take(updates), owned.take(state.mu), owned.take(state.nu)
-
-        per_tensor = target is not None and target.per_tensor
-        places = owned.take(_trees.enumerated(state.mu)) if per_tensor else []
-        old_gammas = [state.gamma[place] for place in places] if per_tensor else [state.gamma]
-
-        def for_each(numbers: list[Any]) -> list[Any]:
-            """One number for each owned leaf."""
-            return numbers if per_tensor else numbers * len(gs)
-
-        def gammas_for(hs: list[Array], refreshes: Int[Array, ""]) -> list[Any]:
-            """γ as it was set, or those at which that h meets the target."""
-            if target is None:
-                return [fixed_gamma]
-            bounds = for_each([scale_of(gamma, refreshes) * clip for gamma in old_gammas])
-            counts = [
-                _win_rate_target.unclipped_counts(jnp.abs(momentum(g, m, b1)), scaled(h, bound))
-                for g, m, h, bound in zip(gs, ms, hs, bounds, strict=True)
-            ]
-            if not per_tensor:
-                counts = [sum(counts, start=jnp.zeros(len(_win_rate_target.RUNGS) + 1))]
-            return [
-                _win_rate_target.next_gamma(target, gamma, count, refreshes)
-                for gamma, count in zip(old_gammas, counts, strict=True)
-            ]
+        owned = _trees.OwnedLeaves.of(updates)
+        leaves = owned.select(_trees.enumerated(state.mu))
+        gs, old_ms = owned.select(updates), owned.select(state.mu)
+        old = _Curvature(
+            owned.select(state.nu), state.refreshes, state.rejected, state.win_rate, state.gamma
+        )
 
         def refreshed() -> _Curvature:
-            """Averages a new estimate into h, unless a coordinate of it is not finite."""
             assert hessian_fn is not None
             key = jax.random.fold_in(jax.random.key(seed), state.count)
-            estimates = owned.take_estimate(hessian_fn(key))
-            candidates = [
-                (b2 * _wide(h) + (1 - b2) * _wide(e)).astype(h.dtype)
-                for h, e in zip(hs, estimates, strict=True)
+            estimates = owned.select_estimate(hessian_fn(key))
+            momenta = [
+                rule.lookahead(rule.momentum(m, g), g) for m, g in zip(old_ms, gs, strict=True)
             ]
-            refreshes = _increment(state.refreshes)
-            # One sum tells both how many coordinates are not clipped and, by being NaN, that h is
-            # not finite somewhere; so a sharded refresh adds a single all-reduce, of a scalar.
-            gammas = gammas_for(candidates, refreshes)
-            scales = for_each([scale_of(gamma, refreshes) for gamma in gammas])
-            unclipped = jnp.zeros((), jnp.float32)
-            for g, m, h, scale in zip(gs, ms, candidates, scales, strict=True):
-                bound = denominator(h, scale) * (1 if clip is None else clip)
-                won = (jnp.abs(momentum(g, m, b1)) < bound).astype(jnp.float32)
-                unclipped += jnp.sum(jnp.where(jnp.isfinite(h), won, jnp.nan))
-            accepted = ~jnp.isnan(unclipped)
-            return _Curvature(
-                [jnp.where(accepted, new, old) for new, old in zip(candidates, hs, strict=True)],
-                jnp.where(accepted, refreshes, state.refreshes),
-                jnp.where(accepted, state.rejected, _increment(state.rejected)),
-                jnp.where(accepted, unclipped / max(owned.size, 1), state.win_rate),
-                [
-                    jnp.where(accepted, _as_state(new), old)
-                    for new, old in zip(gammas, old_gammas, strict=True)
-                ],
-            )
-
-        def kept() -> _Curvature:
-            return _Curvature(hs, state.refreshes, state.rejected, state.win_rate, old_gammas)
+            return _refresh(rule, control, old, estimates, momenta, gs, leaves)
 
         if refresh is None:
             due = state.count % jnp.asarray(update_interval, jnp.int32) == 0
-            curvature = jax.lax.cond(due, refreshed, kept)
+            curvature = jax.lax.cond(due, refreshed, lambda: old)
             # Let m wait for the refresh, which reads the old one: XLA for CPU would otherwise write
             # the new m first, and copy the old one for that.
-            decay = jnp.where(curvature.refreshes < 0, 0.0, b1)
+            decay = jnp.where(curvature.refreshes < 0, 0.0, rule.b1)
         else:
-            curvature = refreshed() if refresh else kept()
-            decay = b1
+            curvature = refreshed() if refresh else old
+            decay = rule.b1
 
-        gammas: list[Any] = [fixed_gamma] if target is None else curvature.gammas
-        scales = for_each([scale_of(gamma, curvature.refreshes) for gamma in gammas])
-        ms = [momentum(g, m, decay) for g, m in zip(gs, ms, strict=True)]
-        us = [
-            m / denominator(h, scale) for m, h, scale in zip(ms, curvature.nu, scales, strict=True)
+        scales = [
+            rule.scale(gamma, curvature.refreshes)
+            for gamma in control.gammas(curvature.gamma, leaves)
         ]
-        if clip is not None:
-            us = [jnp.clip(u, -clip, clip) for u in us]
+        ms = [rule.momentum(m, g, decay) for m, g in zip(old_ms, gs, strict=True)]
+        us = [
+            rule.step(rule.lookahead(m, g), h, scale)
+            for m, g, h, scale in zip(ms, gs, curvature.nu, scales, strict=True)
+        ]
         new_state = ScaleBySophiaState(
-            count=_increment(state.count),
-            mu=owned.put(ms, state.mu),
-            nu=owned.put(curvature.nu, state.nu),
+            count=_arrays.increment(state.count),
+            mu=owned.replace(
+                state.mu, [m.astype(old.dtype) for m, old in zip(ms, old_ms, strict=True)]
+            ),
+            nu=owned.replace(state.nu, curvature.nu),
             refreshes=curvature.refreshes,
             rejected=curvature.rejected,
             win_rate=curvature.win_rate,
-            gamma=_put(gammas, places, state.gamma) if per_tensor else _as_state(gammas[0]),
+            gamma=control.recorded(curvature.gamma),
         )
-        return _trees.like_gradients(owned.put(us, updates), updates), new_state
+        return _trees.cast_updates(owned.replace(updates, us), updates, params), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _wide(x: Any) -> Any:
-    """Widens an array to float32 at least; a Python number adapts by itself."""
-    return x.astype(_arrays.at_least_float32(x.dtype)) if isinstance(x, jax.Array) else x
+class _Curvature(NamedTuple):
+    """What a refresh changes."""
+
+    nu: list[Any]
+    refreshes: Int[Array, ""]
+    rejected: Int[Array, ""]
+    win_rate: Float[Array, ""]
+    gamma: Float[Array, "..."]
 
 
-def _log(x: Any) -> Any:
-    """The logarithm of an array, or, in double precision, of a Python number; -inf for zero."""
-    if isinstance(x, jax.Array):
-        return jnp.log(x)
-    return math.log(x) if x > 0 else -math.inf
+def _refresh(
+    rule: SophiaRule,
+    control: GammaControl,
+    old: _Curvature,
+    estimates: list[Array],
+    momenta: list[Array],
+    gs: list[Array],
+    leaves: list[int],
+) -> _Curvature:
+    """Averages an estimate into h and sets γ, unless a coordinate of h is then not finite.
 
+    Args:
+      rule: the equations of a step.
+      control: what sets γ.
+      old: the curvature before.
+      estimates: ĥ, an array for each owned leaf.
+      momenta: what the step will take.
+      gs: the gradients.
+      leaves: the positions of the owned leaves among those of the state.
 
-def _as_state(gamma: Any) -> Float[Array, ""]:
-    """γ as the state holds it: in a buffer of its own."""
-    return jnp.array(gamma, jnp.float32)
+    Returns:
+      The new curvature; or the old one, with the rejection counted.
+    """
+    hs = [rule.curvature(h, e) for h, e in zip(old.nu, estimates, strict=True)]
+    refreshes = _arrays.increment(old.refreshes)
 
+    def ratios() -> list[tuple[Array, Array, Array]]:
+        scale = rule.scale(rule.clip_threshold, refreshes)
+        return [
+            (jnp.abs(m), rule.scaled_curvature(h, scale), g)
+            for m, h, g in zip(momenta, hs, gs, strict=True)
+        ]
 
-def _put(values: list[Array], places: list[int], array: Float[Array, " n"]) -> Float[Array, " n"]:
-    """Sets some elements of an array."""
-    return array.at[jnp.array(places)].set(jnp.stack(values)) if values else array
-
-
-def _increment(count: Int[Array, ""]) -> Int[Array, ""]:
-    """Adds one, and stays at the largest integer rather than wrap around."""
-    return jnp.asarray(optax.safe_increment(count))
+    gamma = control.refreshed(old.gamma, leaves, ratios, refreshes)
+    # One sum tells both how many coordinates are not clipped and, by being NaN, that h is not
+    # finite somewhere; so a sharded refresh adds a single all-reduce, of a scalar.
+    unclipped = jnp.zeros((), jnp.float32)
+    for m, h, leaf_gamma in zip(momenta, hs, control.gammas(gamma, leaves), strict=True):
+        limit = rule.largest_unclipped(h, rule.scale(leaf_gamma, refreshes))
+        takes_own_step = (jnp.abs(m) < limit).astype(jnp.float32)
+        unclipped += jnp.sum(jnp.where(jnp.isfinite(h), takes_own_step, jnp.nan))
+    accepted = ~jnp.isnan(unclipped)
+    win_rate = unclipped / max(sum(h.size for h in hs), 1)
+    new = _Curvature(hs, refreshes, old.rejected, win_rate, gamma)
+    dropped = old._replace(rejected=_arrays.increment(old.rejected))
+    return jax.tree.map(lambda new, old: jnp.where(accepted, new, old), new, dropped)
 
 
 def _check_update_arguments(hessian_fn: HessianFn | None, refresh: bool | None) -> None:

@@ -62,7 +62,7 @@ def differentiable(params: PyTree[Any]) -> Differentiable:
 
 
 @dataclasses.dataclass(frozen=True)
-class Owned:
+class OwnedLeaves:
     """The leaves that a transform moves: neither masked out nor None, and floating point.
 
     `optax.masked` and `optax.partition` hand a transform trees in which a `MaskedNode` stands for
@@ -71,42 +71,42 @@ class Owned:
     Attributes:
       paths: where the leaves of the tree are, absent and integer ones included.
       treedef: the structure of the tree, with a leaf for each absent node.
-      places: which of the leaves are owned.
+      indices: which of the leaves are owned.
       shapes: the shapes of those.
     """
 
     paths: tuple[Any, ...]
     treedef: Any
-    places: tuple[int, ...]
+    indices: tuple[int, ...]
     shapes: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def of(cls, tree: PyTree[Any]) -> "Owned":
+    def of(cls, tree: PyTree[Any]) -> "OwnedLeaves":
         """Finds the owned leaves of a tree of gradients."""
         flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_absent)
         leaves = [leaf for _, leaf in flat]
-        places = [i for i, x in enumerate(leaves) if not _is_absent(x) and is_inexact(x)]
-        shapes = tuple(jnp.shape(leaves[i]) for i in places)
-        return cls(tuple(path for path, _ in flat), treedef, tuple(places), shapes)
+        indices = [i for i, x in enumerate(leaves) if not _is_absent(x) and is_inexact(x)]
+        shapes = tuple(jnp.shape(leaves[i]) for i in indices)
+        return cls(tuple(path for path, _ in flat), treedef, tuple(indices), shapes)
 
     @property
     def size(self) -> int:
         """How many coordinates there are."""
         return sum(math.prod(shape) for shape in self.shapes)
 
-    def take(self, tree: PyTree[Any]) -> list[Any]:
+    def select(self, tree: PyTree[Any]) -> list[Any]:
         """Returns the owned leaves of a tree that may hold more than is owned."""
         leaves = self.treedef.flatten_up_to(tree)
-        return [leaves[place] for place in self.places]
+        return [leaves[index] for index in self.indices]
 
-    def put(self, values: list[Array], tree: PyTree[Any]) -> PyTree[Any]:
-        """Replaces the owned leaves of a tree, each in the dtype of the one before."""
+    def replace(self, tree: PyTree[Any], values: list[Array]) -> PyTree[Any]:
+        """Replaces the owned leaves of a tree."""
         leaves = self.treedef.flatten_up_to(tree)
-        for place, value in zip(self.places, values, strict=True):
-            leaves[place] = value.astype(jnp.result_type(leaves[place]))
+        for index, value in zip(self.indices, values, strict=True):
+            leaves[index] = value
         return self.treedef.unflatten(leaves)
 
-    def take_estimate(self, estimate: PyTree[Any]) -> list[Array]:
+    def select_estimate(self, estimate: PyTree[Any]) -> list[Array]:
         """Returns the owned leaves of an estimate for the whole params.
 
         Args:
@@ -120,13 +120,13 @@ class Owned:
           ValueError: if the structure or a shape differs.
         """
         try:
-            leaves = self.take(estimate)
+            leaves = self.select(estimate)
         except ValueError as error:
             raise ValueError(self._difference(estimate)) from error
         if not all(map(jax.tree_util.all_leaves, ([leaf] for leaf in leaves))):
             raise ValueError(self._difference(estimate))
-        for place, shape, leaf in zip(self.places, self.shapes, leaves, strict=True):
-            name = name_of(self.paths[place])
+        for index, shape, leaf in zip(self.indices, self.shapes, leaves, strict=True):
+            name = name_of(self.paths[index])
             dtype = jnp.result_type(leaf)
             if jnp.issubdtype(dtype, jnp.complexfloating) or not jnp.issubdtype(dtype, jnp.number):
                 raise TypeError(
@@ -142,7 +142,7 @@ class Owned:
     def _difference(self, estimate: PyTree[Any]) -> str:
         """Says where the structure of an estimate is not that of the gradients."""
         found = [path for path, _ in jax.tree_util.tree_leaves_with_path(estimate)]
-        missing = [self.paths[place] for place in self.places if self.paths[place] not in found]
+        missing = [self.paths[index] for index in self.indices if self.paths[index] not in found]
         extra = [path for path in found if not any(path[: len(p)] == p for p in self.paths)]
         if missing:
             where = f"no leaf at {name_of(missing[0])}, where the gradients have one"
@@ -179,22 +179,31 @@ def is_masked(tree: PyTree[Any]) -> bool:
     return any(map(is_hole, jax.tree.leaves(tree, is_leaf=is_hole)))
 
 
-def like_gradients(updates: PyTree[Any], grads: PyTree[Any]) -> PyTree[Any]:
-    """Gives updates the dtypes of the gradients, and zeros where those are not floating point.
+def cast_updates(
+    updates: PyTree[Any], grads: PyTree[Any], params: PyTree[Any] | None
+) -> PyTree[Any]:
+    """Gives updates their dtypes, and zeros where the gradients are not floating point.
 
     Args:
       updates: a pytree like the gradients.
       grads: the gradients. Those of integers with respect to which `jax.grad(..., allow_int=True)`
         differentiated are float0, to which nothing can be added.
+      params: the params, or None.
 
     Returns:
-      The updates; zeros are of the integer's dtype, or int8 for float0.
+      The updates, each in the dtype that its gradient and its parameter promote to; so bfloat16
+      gradients do not round the update of a float32 parameter. Zeros are of the integer's dtype, or
+      int8 for float0.
     """
 
-    def like(update: Any, grad: Any) -> Any:
+    def cast(update: Any, grad: Any, param: Any = None) -> Any:
+        if _is_absent(grad):
+            return grad
         if is_inexact(grad):
-            return update.astype(jnp.result_type(grad))
+            of_param = () if param is None or not is_inexact(param) else (param,)
+            return update.astype(jnp.result_type(grad, *of_param))
         dtype = jnp.int8 if grad.dtype == jax.dtypes.float0 else grad.dtype
         return jnp.zeros(jnp.shape(grad), dtype)
 
-    return jax.tree.map(like, updates, grads)
+    trees = (updates, grads) if params is None else (updates, grads, params)
+    return jax.tree.map(cast, *trees, is_leaf=_is_absent)

@@ -1,28 +1,102 @@
-"""A γ that follows from a target: the share of coordinates that are to take their own step.
+"""What sets γ: a number, or a target for the share of coordinates that take their own step.
 
 With r = |m| / (ρ h), a coordinate is unclipped where r < γ, so the γ that leaves a share s of them
 unclipped is the s-quantile of r. Where noise dominates, |m| / h goes as 1 / sqrt(batch size), so no
 fixed γ carries from one batch size to another; its quantile does.
 
-A refresh counts, in one pass, how many coordinates would be unclipped at each rung of a ladder of
-γs around the last one, and interpolates. That takes no sort and holds no array: the counts are a
-single reduction with an output for each rung. (Compiled by XLA for TPU v5e and for CPU: each array
-read once, no temporary; a sum for each rung on its own read them 8 times over on the TPU, and held
+A refresh counts, in one pass, how many coordinates each of several trial γs around the last one
+would leave unclipped, and interpolates. That takes no sort and holds no array: the counts are a
+single reduction with an output for each trial. (Compiled by XLA for TPU v5e and for CPU: each array
+is read once, without a temporary. A sum for each trial read them 8 times over on the TPU, and held
 all the comparisons on the CPU; a bisection held a copy of m.)
+
+Only coordinates with a momentum and with positive curvature count: no γ changes the step of the
+others. A parameter without any keeps its γ, and so does one whose whole gradient is zero: γ would
+follow the momentum down as it decays, and keep the steps as large as they were.
+
+γ stays within `SMALLEST_GAMMA` and `LARGEST_GAMMA`, so that a gradient that all but vanishes does
+not drive it to zero, from where no factor brings it back. A refresh moves γ by
+TRIAL_FACTORS[-1] ** (1 - decay) at most, a factor of 1000 by default: ten refreshes from the
+smallest γ to 1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sophia_optax import _checks
-from sophia_optax._types import Scalar
+from sophia_optax._types import Params, Scalar
 
-RUNGS = tuple(4.0**exponent for exponent in range(-10, 11))
-"""The γs that are tried, in units of the last one."""
+TRIAL_FACTORS = tuple(4.0**exponent for exponent in range(-10, 11))
+"""The γs that a refresh tries, in units of the last one."""
+
+SMALLEST_GAMMA, LARGEST_GAMMA = 2.0**-100, 2.0**100
+
+Ratios = Callable[[], Iterable[tuple[Array, Array, Array]]]
+"""Computes |m|, ρ h and g of each owned leaf: a coordinate is unclipped where |m| < γ ρ h."""
+
+
+@runtime_checkable
+class GammaControl(Protocol):
+    """A rule for γ, whose state is one array: `ScaleBySophiaState.gamma`.
+
+    `leaves` are the positions of the owned leaves among the leaves of `mu`.
+    """
+
+    def init(self, params: Params) -> Float[Array, "..."]:
+        """Returns the state before the first step."""
+        ...
+
+    def gammas(self, state: Float[Array, "..."], leaves: Sequence[int]) -> list[Any]:
+        """Returns γ for each owned leaf."""
+        ...
+
+    def refreshed(
+        self,
+        state: Float[Array, "..."],
+        leaves: Sequence[int],
+        ratios: Ratios,
+        refreshes: Int[Array, ""],
+    ) -> Float[Array, "..."]:
+        """Returns the state after a refresh, the `refreshes`-th."""
+        ...
+
+    def recorded(self, state: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Returns the state after a step, with the γ that it used."""
+        ...
+
+
+@dataclass(frozen=True)
+class FixedGamma:
+    """A γ that is given: a number, or an array that may be traced, as on a schedule.
+
+    Attributes:
+      gamma: γ.
+    """
+
+    gamma: Any
+
+    def init(self, params: Params) -> Float[Array, ""]:
+        """Returns γ, in a buffer of its own."""
+        return self.recorded(params)
+
+    def gammas(self, state: Any, leaves: Sequence[int]) -> list[Any]:
+        """Returns γ for each leaf."""
+        return [self.gamma] * len(leaves)
+
+    def refreshed(
+        self, state: Any, leaves: Sequence[int], ratios: Ratios, refreshes: Any
+    ) -> Float[Array, ""]:
+        """Returns the state as it is."""
+        return state
+
+    def recorded(self, state: Any) -> Float[Array, ""]:
+        """Returns γ, in a buffer of its own."""
+        return jnp.array(self.gamma, jnp.float32)
 
 
 @dataclass(frozen=True)
@@ -39,18 +113,53 @@ class WinRateTarget:
     per_tensor: bool
     decay: Scalar
 
+    def init(self, params: Params) -> Float[Array, "..."]:
+        """Returns ones: a γ for each leaf, or one."""
+        return jnp.ones(len(jax.tree.leaves(params)) if self.per_tensor else (), jnp.float32)
+
+    def gammas(self, state: Float[Array, "..."], leaves: Sequence[int]) -> list[Any]:
+        """Returns γ for each leaf."""
+        return [state[leaf] for leaf in leaves] if self.per_tensor else [state] * len(leaves)
+
+    def refreshed(
+        self,
+        state: Float[Array, "..."],
+        leaves: Sequence[int],
+        ratios: Ratios,
+        refreshes: Int[Array, ""],
+    ) -> Float[Array, "..."]:
+        """Returns the γs that meet the target, averaged with those before."""
+        if not leaves:
+            return state
+        gammas = self.gammas(state, leaves)
+        counts = jnp.stack(
+            [
+                unclipped_counts(m, h, gamma, g)
+                for (m, h, g), gamma in zip(ratios(), gammas, strict=True)
+            ]
+        )
+        if not self.per_tensor:
+            return next_gammas(self, state[None], counts.sum(axis=0)[None], refreshes)[0]
+        places = jnp.array(leaves)
+        return state.at[places].set(next_gammas(self, state[places], counts, refreshes))
+
+    def recorded(self, state: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Returns the state as it is."""
+        return state
+
 
 def win_rate_target(
     target: Scalar = 0.5, *, per_tensor: bool = True, decay: Scalar = 0.5
 ) -> WinRateTarget:
-    """Makes the win rate the hyperparameter, in place of γ.
+    """Makes the win rate the hyperparameter instead of γ.
 
     At each refresh γ is set so that a share `target` of the coordinates whose curvature is positive
-    take their own step, m / (γ h), and the others that of the clip. (Where the curvature is zero,
-    or negative with `absolute_curvature=False`, no γ could.) Each parameter has a γ of its own,
+    take their own step, m / (γ h), and the others that of the clip. (Where the momentum or the
+    curvature is zero, or the curvature negative with `absolute_curvature=False`, no γ changes the
+    step, and the coordinate does not count.) Each parameter has a γ of its own,
     unless `per_tensor=False` asks for one that all of them share. γ is then averaged with those
-    before, in the logarithm. It is kept in the state, and `diagnostics(state).gamma` shows it, or
-    the geometric mean over the coordinates.
+    before, in the logarithm, and kept between 2⁻¹⁰⁰ and 2¹⁰⁰. It is in the state:
+    `diagnostics(state).gamma` is γ, or the geometric mean over the coordinates.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, sophia_optax
@@ -71,7 +180,7 @@ def win_rate_target(
       target: the share of coordinates to leave unclipped, in (0, 1). Default: what served models
         and batches of several sizes alike in `benchmarks/self_tuning_gamma.py`; it is the upper end
         of the range that the paper tunes γ for.
-      per_tensor: whether each parameter meets the target with a γ of its own, in place of all of
+      per_tensor: whether each parameter meets the target with a γ of its own, instead of all of
         them together with one. Layers that are stacked in one array are one parameter. Default: as
         for `target`.
       decay: of the average of log γ over the refreshes, in [0, 1); 0 takes each γ as it is found.
@@ -91,86 +200,79 @@ def win_rate_target(
 
 
 def unclipped_counts(
-    momentum: Float[Array, "..."], bounds: Float[Array, "..."]
+    momentum: Float[Array, "..."],
+    curvature: Float[Array, "..."],
+    gamma: Scalar = 1.0,
+    gradient: Float[Array, "..."] | None = None,
 ) -> Float[Array, " counts"]:
-    """Counts the coordinates of one parameter that each rung would leave unclipped.
+    """Counts the coordinates of one parameter that each trial γ would leave unclipped.
 
     Args:
       momentum: |m|.
-      bounds: ρ h times the last γ, of the same shape.
+      curvature: ρ h, of the same shape.
+      gamma: the last γ, which the trials are multiples of.
+      gradient: g, of the same shape; None stands for one that is nowhere zero.
 
     Returns:
-      A count for each rung, and how many coordinates have a positive bound.
+      A count for each trial; how many coordinates have a gradient; and how many count at all, those
+      with a momentum and with a curvature that is positive.
     """
-    # One reduction with many outputs; XLA would not fuse as many sums of their own.
-    kinds = [momentum < rung * bounds for rung in RUNGS] + [bounds > 0]
-    operands = [kind.astype(jnp.float32) for kind in kinds]
-    zeros = [jnp.zeros((), jnp.float32)] * len(operands)
+    # h is compared with zero, not γ h, which underflows for a γ that has to rise.
+    counts = (momentum > 0) & (curvature > 0)
+    # One reduction with many outputs; XLA would not fuse as many sums of their own. Whole numbers,
+    # as XLA for CPU adds ones in order, and 2²⁴ + 1 = 2²⁴ in float32.
+    kinds = [counts & (momentum < factor * gamma * curvature) for factor in TRIAL_FACTORS]
+    kinds += [counts if gradient is None else gradient != 0, counts]
+    operands = [kind.astype(jnp.uint32) for kind in kinds]
+    zeros = [jnp.zeros((), jnp.uint32)] * len(operands)
 
     def add(left: Sequence[Array], right: Sequence[Array]) -> list[Array]:
         return [x + y for x, y in zip(left, right, strict=True)]
 
-    return jnp.stack(jax.lax.reduce(operands, zeros, add, tuple(range(momentum.ndim))))
+    totals = jax.lax.reduce(operands, zeros, add, tuple(range(momentum.ndim)))
+    return jnp.stack([total.astype(jnp.float32) for total in totals])
 
 
-def next_gamma(
+def next_gammas(
     target: WinRateTarget,
-    gamma: Float[Array, ""],
-    counts: Float[Array, " counts"],
+    gammas: Float[Array, " n"],
+    counts: Float[Array, "n counts"],
     refreshes: Int[Array, ""],
-) -> Float[Array, ""]:
-    """The γ to use from a refresh on.
+) -> Float[Array, " n"]:
+    """The γs to use from a refresh on.
 
     Args:
-      target: what it is to meet.
-      gamma: the last γ.
-      counts: `unclipped_counts` with the last γ, or their sum over several parameters.
+      target: what they are to meet.
+      gammas: the last γs.
+      counts: `unclipped_counts` for each of them.
       refreshes: how many there have been, this one included.
 
     Returns:
-      The γ that meets the target, averaged with those before.
+      The γs that meet the target, averaged with those before.
     """
-    found = quantile(gamma, counts, target.target)
-    return averaged(gamma, found, refreshes, target.decay)
+    factors = quantile_factors(counts, target.target)
+    # The average of log γ, corrected for its start: the first γ counts in full.
+    weight = (1 - target.decay) / (1 - target.decay ** jnp.float32(refreshes))
+    return jnp.clip(gammas * factors**weight, SMALLEST_GAMMA, LARGEST_GAMMA)
 
 
-def quantile(
-    gamma: Float[Array, ""], counts: Float[Array, " counts"], target: Scalar
-) -> Float[Array, ""]:
-    """Interpolates the γ that meets the target; the last one if no curvature is positive.
+def quantile_factors(counts: Float[Array, "n counts"], target: Scalar) -> Float[Array, " n"]:
+    """Interpolates what to multiply each γ by to meet the target; 1 where nothing tells.
 
     Args:
-      gamma: the last γ, which the rungs are multiples of.
-      counts: the sum of `unclipped_counts` over the params.
+      counts: `unclipped_counts` for each γ.
       target: the share to leave unclipped.
 
     Returns:
-      γ, within the ladder.
+      Factors within the range of `TRIAL_FACTORS`.
     """
     # The logit of a distribution over log γ is closer to a line than its share is.
-    *unclipped, positive = counts
-    shares = jnp.clip(jnp.stack(unclipped) / jnp.maximum(positive, 1.0), 1e-6, 1 - 1e-6)
+    unclipped, moving, counted = counts[:, :-2], counts[:, -2], counts[:, -1:]
+    shares = jnp.clip(unclipped / jnp.maximum(counted, 1.0), 1e-6, 1 - 1e-6)
     goal = jax.scipy.special.logit(jnp.float32(target))
-    found = jnp.exp(jnp.interp(goal, jax.scipy.special.logit(shares), jnp.log(jnp.array(RUNGS))))
-    return jnp.where(positive > 0, gamma * found, gamma)
-
-
-def averaged(
-    gamma: Float[Array, ""], found: Float[Array, ""], refreshes: Int[Array, ""], decay: Scalar
-) -> Float[Array, ""]:
-    """Moves the average of log γ, corrected for its start: the first γ counts in full.
-
-    Args:
-      gamma: the average so far.
-      found: the γ of this refresh.
-      refreshes: how many there have been, this one included.
-      decay: of the average.
-
-    Returns:
-      The new average.
-    """
-    weight = (1 - decay) / (1 - decay ** jnp.float32(refreshes))
-    return gamma * (found / gamma) ** weight
+    logs = jnp.log(jnp.array(TRIAL_FACTORS))
+    found = jax.vmap(lambda x: jnp.interp(goal, x, logs))(jax.scipy.special.logit(shares))
+    return jnp.where((counted[:, 0] > 0) & (moving > 0), jnp.exp(found), 1.0)
 
 
 def check_clip(clip_threshold: Scalar | None) -> None:

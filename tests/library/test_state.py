@@ -63,22 +63,44 @@ def test_moments_have_the_dtypes_asked_for(mu_dtype: Any, nu_dtype: Any) -> None
     chex.assert_trees_all_equal_dtypes(updates, params)
 
 
+SCALE = sophia_optax.scale_by_sophia()
+
+
 @pytest.mark.parametrize(
     "tx",
     (
-        sophia_optax.scale_by_sophia(),
+        SCALE,
         sophia_optax.sophia_h(optax.constant_schedule(1e-2), weight_decay=0.1),
     ),
     ids=("scale_by_sophia", "sophia_h"),
 )
-def test_updates_have_the_dtypes_of_the_gradients_not_of_the_params(tx: Any) -> None:
+def test_updates_have_the_wider_dtype_of_gradient_and_parameter(tx: Any) -> None:
     """Through the weight decay too, which adds wider params to narrow gradients."""
     params = {"a": jnp.ones(2), "b": jnp.ones(2, jnp.bfloat16), "c": jnp.ones((), jnp.float16)}
     grads = {"a": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(2), "c": jnp.ones((), jnp.float16)}
     init = tx.init(params)
     updates, state = jitted_update(tx, constant(params))(grads, init, params)
-    chex.assert_trees_all_equal_dtypes(updates, grads)
+    wide = {"a": jnp.ones(2), "b": jnp.ones(2), "c": jnp.ones((), jnp.float16)}
+    chex.assert_trees_all_equal_dtypes(updates, wide)
     chex.assert_trees_all_equal_dtypes(state, init)
+    if tx is SCALE:
+        updates, _ = jitted_update(tx, constant(params))(grads, init, None)
+        chex.assert_trees_all_equal_dtypes(updates, grads)
+
+
+@pytest.mark.parametrize("rate", (3e-4, 1e-3))
+def test_bfloat16_gradients_do_not_round_the_weight_decay_of_float32_params(rate: float) -> None:
+    """A clipped step and its decay, added in bfloat16, would be the step alone."""
+    params = 0.02 * jax.random.normal(jax.random.key(0), (1000,))
+    signs = jax.random.rademacher(jax.random.key(1), params.shape, jnp.bfloat16)
+
+    def moved(weight_decay: float) -> Any:
+        tx = sophia_optax.sophia_g(rate, weight_decay=weight_decay)
+        update = jitted_update(tx, constant(jnp.zeros(params.shape)))
+        return np.asarray(update(signs, tx.init(params), params)[0], np.float64)
+
+    expected = -rate * 0.1 * np.asarray(params, np.float64)
+    np.testing.assert_allclose(moved(0.1) - moved(0.0), expected, atol=1e-6 * rate)
 
 
 def test_half_precision_moments_are_computed_in_float32() -> None:

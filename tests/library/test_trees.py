@@ -30,14 +30,14 @@ FULL = {
 
 
 def taken(gradients: Any, estimate: Any = FULL) -> list[Any]:
-    return _trees.Owned.of(gradients).take_estimate(estimate)
+    return _trees.OwnedLeaves.of(gradients).select_estimate(estimate)
 
 
 def test_every_floating_point_leaf_is_owned_where_nothing_is_masked():
     leaves = taken(FULL)
     assert [leaf.shape for leaf in leaves] == [(3,), (2, 2), (), (0,), (1,)]
     np.testing.assert_array_equal(leaves[0], FULL["a"])
-    assert _trees.Owned.of(FULL).size == 3 + 4 + 1 + 0 + 1
+    assert _trees.OwnedLeaves.of(FULL).size == 3 + 4 + 1 + 0 + 1
 
 
 @pytest.mark.parametrize("hole", [HOLE, None], ids=["MaskedNode", "None"])
@@ -45,7 +45,7 @@ def test_a_hole_stands_for_a_leaf(hole):
     gradients = {**FULL, "a": hole, "e": Pair(FULL["e"].first, hole)}
     leaves = taken(gradients)
     assert [leaf.shape for leaf in leaves] == [(2, 2), (), (0,)]
-    assert _trees.Owned.of(gradients).size == 5
+    assert _trees.OwnedLeaves.of(gradients).size == 5
 
 
 @pytest.mark.parametrize("hole", [HOLE, None], ids=["MaskedNode", "None"])
@@ -58,7 +58,7 @@ def test_a_hole_stands_for_a_whole_subtree(hole):
 def test_nothing_at_all_may_be_owned(hole):
     assert taken(hole) == []
     assert taken(jax.tree.map(lambda _: hole, FULL)) == []
-    assert _trees.Owned.of(hole).size == 0
+    assert _trees.OwnedLeaves.of(hole).size == 0
 
 
 def test_a_leaf_that_is_none_in_the_params_stays_none():
@@ -72,10 +72,10 @@ def test_the_estimate_of_what_is_not_owned_is_not_looked_at():
     assert len(taken({**FULL, "a": HOLE, "n": HOLE}, estimate)) == 4
 
 
-def test_put_replaces_owned_leaves_and_keeps_dtypes_and_holes():
+def test_replace_sets_owned_leaves_and_keeps_the_rest_and_holes():
     gradients = {"a": HOLE, "b": jnp.ones(2, jnp.bfloat16), "n": jnp.arange(2), "z": None}
     state = {"a": HOLE, "b": jnp.zeros(2, jnp.bfloat16), "n": jnp.zeros(2), "z": None}
-    new = _trees.Owned.of(gradients).put([jnp.array([1.0, 2.0])], state)
+    new = _trees.OwnedLeaves.of(gradients).replace(state, [jnp.array([1.0, 2.0], jnp.bfloat16)])
     assert jax.tree.structure(new) == jax.tree.structure(state)
     assert new["b"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(np.asarray(new["b"], np.float32), [1, 2])
@@ -169,7 +169,7 @@ def test_updates_take_the_dtypes_of_the_gradients():
         "none": None,
         "hole": HOLE,
     }
-    given = _trees.like_gradients(updates, grads)
+    given = _trees.cast_updates(updates, grads, None)
     assert jax.tree.structure(given) == jax.tree.structure(grads)
     assert given["bf16"].dtype == jnp.bfloat16
     assert given["int"].dtype == jnp.int16

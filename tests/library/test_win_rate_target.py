@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import sophia_optax
 from sophia_optax import win_rate_target
+from sophia_optax._win_rate_target import TRIAL_FACTORS, unclipped_counts
 
 KEYS = jax.random.split(jax.random.key(0), 8)
 SIZE = 2000
@@ -202,6 +204,69 @@ def test_a_gamma_given_as_an_array_is_not_donated_with_the_state() -> None:
     state = sophia_optax.scale_by_sophia(gamma=gamma).init(GRADS)
     jax.jit(lambda state: state, donate_argnums=0)(state)
     assert float(gamma) == 0.5
+
+
+def gammas_with(grads_at: Any, steps: int, **keywords: Any) -> tuple[list[float], Any]:
+    """γ and the updates of a transform whose gradient changes and whose curvature does not."""
+    tx = transform(0.5, update_interval=10, decay=0.5, **keywords)
+    curvature = 0.01 * jnp.linspace(1, 2, 8)
+    update = jax.jit(lambda g, s: tx.update(g, s, hessian_fn=lambda key: curvature))
+    state, gammas = tx.init(curvature), []
+    for number in range(steps):
+        updates, state = update(grads_at(number), state)
+        gammas.append(float(sophia_optax.diagnostics(state).gamma))
+    return gammas, updates
+
+
+@pytest.mark.parametrize("per_tensor", [False, True])
+def test_gamma_waits_while_the_gradient_is_zero(per_tensor: bool) -> None:
+    """It would follow the decaying momentum to zero, from where no factor brings it back."""
+    grads = jnp.linspace(-1, 1, 8)
+    gammas, updates = gammas_with(
+        lambda n: grads * (not 300 <= n < 3000), 3000, per_tensor=per_tensor
+    )
+    assert gammas[-1] == gammas[300 - 1]
+    np.testing.assert_array_equal(updates, 0)
+
+
+def test_gamma_comes_back_within_fifteen_refreshes_of_a_gradient_that_all_but_vanished() -> None:
+    grads = jnp.linspace(-1, 1, 8)
+    gammas, _ = gammas_with(lambda n: grads * (1e-37 if 300 <= n < 3000 else 1), 3150)
+    assert min(gammas) >= 2.0**-100
+    np.testing.assert_allclose(gammas[-1], gammas[299], rtol=0.1)
+
+
+def test_a_leaf_of_more_than_2_to_the_24_elements_is_counted_right() -> None:
+    size = 2**24 + 2**20
+    counts = jax.jit(unclipped_counts)(jnp.full(size, 0.5), jnp.ones(size))
+    assert counts[-1] == size
+    assert counts[len(TRIAL_FACTORS) // 2] == size
+
+
+@hypothesis.given(
+    hypothesis.strategies.lists(
+        hypothesis.strategies.sampled_from((0.0, 1e-38, 1e-30, 1e-10, 1.0, 1e10, 1e30, 1e38)),
+        min_size=12,
+        max_size=12,
+    ),
+    hypothesis.strategies.booleans(),
+)
+def test_gamma_and_updates_are_finite_whatever_gradient_and_curvature_are(
+    numbers: list[float], per_tensor: bool
+) -> None:
+    tx = transform(per_tensor=per_tensor, decay=0.5, update_interval=1)
+    grads, curvature = ({"a": jnp.float32(x[:4]), "b": jnp.float32(x[4:])} for x in halves(numbers))
+    state = tx.init(grads)
+    for sign in (1, -1, 1):
+        updates, state = step(tx, state, jax.tree.map(lambda g, s=sign: s * g, grads), curvature)
+        for leaf in jax.tree.leaves((updates, state)):
+            assert np.isfinite(leaf).all()
+        assert np.all(np.asarray(state.gamma) >= 2.0**-100)
+        assert np.all(np.asarray(state.gamma) <= 2.0**100)
+
+
+def halves(numbers: list[float]) -> tuple[list[float], list[float]]:
+    return numbers[:6], numbers[6:]
 
 
 WRAPPERS = {
