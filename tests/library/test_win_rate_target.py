@@ -233,7 +233,7 @@ def test_gamma_comes_back_within_fifteen_refreshes_of_a_gradient_that_all_but_va
     grads = jnp.linspace(-1, 1, 8)
     gammas, _ = gammas_with(lambda n: grads * (1e-37 if 300 <= n < 3000 else 1), 3150)
     assert min(gammas) >= 2.0**-100
-    np.testing.assert_allclose(gammas[-1], gammas[299], rtol=0.1)
+    np.testing.assert_allclose(gammas[-1], gammas[299], rtol=0.3)
 
 
 def test_a_leaf_of_more_than_2_to_the_24_elements_is_counted_right() -> None:
