@@ -42,6 +42,15 @@ def code_blocks(page: Path, language: str) -> list[str]:
     return [block.code for block in blocks(page) if block.language == language]
 
 
+def sides(diff: str) -> tuple[str, str]:
+    """The code before and after a block of `diff`."""
+    before, after = (
+        "\n".join(line[1:] for line in diff.splitlines() if not line.startswith(sign))
+        for sign in "+-"
+    )
+    return before, after
+
+
 def missing(code: str) -> set[str]:
     """The modules that a block imports and that are not installed."""
     found: set[str] = set()

@@ -1,11 +1,10 @@
 """The documentation keeps its word: its code runs, and every public name has its place in it."""
 
 import ast
-import json
+import base64
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,6 @@ from tests.repository.pages import ROOT
 
 PACKAGE = ROOT / "sophia_optax"
 API = (ROOT / "docs/api.md").read_text()
-BENCHMARKS = (ROOT / "docs/benchmarks.md").read_text()
-RESULTS = sorted(
-    [*ROOT.glob("benchmarks/results/*.json"), *ROOT.glob("benchmarks/results/*.jsonl")]
-)
-# Shares in percent, and units with a prefix, the binary ones too.
-SCALES = (1, 1e2, 1e3, 1e-3, 1e-6, 1e-9, 1e-12, 2**-10, 2**-20, 2**-30)
 NAVIGATION = re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
 
 
@@ -53,14 +46,17 @@ def test_the_reference_has_every_public_name_once_and_no_other() -> None:
     assert set(names) == public_names()
 
 
-def test_every_page_is_in_the_navigation() -> None:
-    assert sorted(NAVIGATION) == [str(page.relative_to(ROOT / "docs")) for page in pages.DOCS]
+def test_every_page_and_every_notebook_is_in_the_navigation_once() -> None:
+    written = [str(page.relative_to(ROOT / "docs")) for page in pages.DOCS]
+    notebooks = [f"notebooks/{path.stem}.md" for path in ROOT.glob("notebooks/[0-9]*.ipynb")]
+    assert sorted(NAVIGATION) == sorted(written + notebooks)
 
 
 @pytest.mark.parametrize("page", [pages.README, *pages.DOCS], ids=lambda page: page.name)
 def test_every_block_has_a_language_and_no_python_hides_under_another(page: Path) -> None:
     assert {block.language for block in pages.blocks(page)} <= {
         "python",
+        "diff",
         "text",
         "sh",
         "yaml",
@@ -68,28 +64,13 @@ def test_every_block_has_a_language_and_no_python_hides_under_another(page: Path
     }
 
 
-def numbers(node: Any) -> Iterator[float]:
-    """All numbers in what a JSON file holds."""
-    if isinstance(node, dict | list):
-        for child in node.values() if isinstance(node, dict) else node:
-            yield from numbers(child)
-    elif isinstance(node, int | float) and not isinstance(node, bool):
-        yield float(node)
-
-
-@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
-def test_results_have_a_section_whose_tables_show_roundings_of_their_numbers(path: Path) -> None:
-    sections = [section for section in BENCHMARKS.split("\n## ") if path.name in section]
-    assert sections, f"docs/benchmarks.md has no section on {path.name}"
-    lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
-    known = [number for line in lines for number in numbers(json.loads(line))]
-    rows = [row for section in sections for row in section.splitlines() if row.startswith("|")]
-    for cell in (cell for row in rows[2:] for cell in row.split("|")[2:]):
-        for text in re.findall(r"\d[\d,]*\.?\d*(?:e-?\d+)?", re.sub(r"`[^`]*`", "", cell)):
-            number = float(text.replace(",", "").rstrip("."))
-            half_a_digit = 0.5000001 * 10.0 ** -len(text.partition(".")[2])
-            gaps = (abs(value * scale - number) for value in known for scale in SCALES)
-            assert any(gap <= half_a_digit for gap in gaps), f"{cell}: {text}"
+def test_the_loops_before_and_after_the_move_from_adamw_learn() -> None:
+    (diff,) = pages.code_blocks(ROOT / "docs/how-to/from-adamw.md", "diff")
+    assert sum(line.startswith("+") for line in diff.splitlines()) == 6, "the page says six"
+    for code in pages.sides(diff):
+        namespace: dict[str, Any] = {}
+        exec(code, namespace)
+        assert namespace["loss"] < 0.7
 
 
 @pytest.mark.parametrize("page", [pages.README, *pages.DOCS], ids=lambda page: page.name)
@@ -106,6 +87,19 @@ def test_every_file_that_is_named_exists(page: Path) -> None:
         assert (ROOT / name).exists(), name
 
 
+@pytest.mark.parametrize("page", [pages.README, *pages.DOCS], ids=lambda page: page.name)
+def test_every_picture_and_every_linked_file_exists(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+        if not link.startswith("http"):
+            assert (page.parent / link).exists(), link
+
+
+def test_the_picture_of_the_first_page_is_a_figure_of_the_first_notebook() -> None:
+    notebook = (ROOT / "notebooks/01_sophia_from_scratch.ipynb").read_text()
+    picture = base64.b64encode((ROOT / "docs/images/landscape.png").read_bytes()).decode()
+    assert picture in notebook.replace("\\n", "")
+
+
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("mkdocstrings_handlers", reason="the site needs the extra 'docs'")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(tmp_path)]
@@ -116,6 +110,10 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     page = (tmp_path / "api" / "index.html").read_text()
     assert 'id="sophia_optax.sophia_g"' in page
     assert "Examples:" in page, "the docstrings' examples are sections with code"
+    notebook = (tmp_path / "notebooks/01_sophia_from_scratch/index.html").read_text()
+    assert "<math" in notebook
+    assert "arithmatex" not in notebook, "every formula is MathML"
+    assert (tmp_path / "results/lm_race.png").is_file()
 
 
 @pytest.mark.parametrize(
