@@ -4,7 +4,7 @@ import functools
 import glob
 import hashlib
 import sysconfig
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from examples.lm import stream, tokenizers
+from examples.lm import hosts, run_folder, stream, tokenizers
 from examples.lm.config import UsageError
 
 SEPARATOR = b"\0"  # between files: a byte that no source holds
@@ -29,13 +29,16 @@ SHUFFLED = 1024  # windows of a stream that are in memory and shuffled at a time
 MANY_FILES = 50  # with fewer, a split could come out empty, so that each file is cut instead
 GPT2_VOCABULARY = 50257
 
+BLOCK = 1 << 20  # bytes that are looked at together
+BLOCKS = 1024  # of them that are looked at, at most
+
 
 @dataclass(frozen=True)
 class Corpus:
     """One-dimensional arrays of tokens, and how many different tokens there may be.
 
     Where the training text is a stream, `train` is its beginning, and `windows`, from (context,
-    process, processes), is all of it.
+    process, processes), is all of it. The tokenizer of token files is not known.
     """
 
     train: np.ndarray
@@ -43,6 +46,7 @@ class Corpus:
     validation: np.ndarray
     vocab_size: int
     windows: Callable[[int, int, int], grain.IterDataset] | None = None
+    codec: tokenizers.Codec | None = None
 
 
 def split_of(name: str) -> str:
@@ -102,7 +106,10 @@ def text_files(pattern: str) -> dict[str, bytes]:
     paths = [Path(p) for p in sorted(glob.glob(pattern, recursive=True)) if Path(p).is_file()]
     if not paths:
         raise UsageError(f"No file matches {pattern!r}. Check the pattern of --data text:PATTERN.")
-    texts = [path.read_bytes() for path in paths]
+    texts = []
+    for path in paths:
+        with run_folder.reading(path):
+            texts.append(path.read_bytes())
     if not any(texts):
         raise UsageError(f"The files that match {pattern!r} are empty. Choose others.")
     return by_file([path.as_posix() for path in paths], texts)
@@ -116,10 +123,48 @@ def token_files(folder: str) -> Corpus:
         if not path.is_file():
             raise UsageError(f"There is no {path}. --data bin:FOLDER needs train.bin and val.bin.")
         if path.stat().st_size == 0 or path.stat().st_size % 2:
-            raise UsageError(f"{path} does not hold 16-bit tokens. Write it as nanoGPT does.")
-        arrays[name] = np.memmap(path, np.uint16, mode="r")
+            raise UsageError(
+                f"{path} does not hold 16-bit tokens: it has {path.stat().st_size} bytes. Write it "
+                "as nanoGPT does."
+            )
+        with run_folder.reading(path):
+            arrays[name] = np.memmap(path, np.uint16, mode="r")
+        check_ids(path, arrays[name], GPT2_VOCABULARY)
     half = len(arrays["val"]) // 2
     return Corpus(arrays["train"], arrays["val"][:half], arrays["val"][half:], GPT2_VOCABULARY)
+
+
+def check_ids(path: Path, tokens: np.ndarray, size: int) -> None:
+    """Tells the user of a token that the vocabulary does not have: its loss would be NaN."""
+    for start, block in blocks(tokens):
+        if block.max() >= size:
+            at = int(np.argmax(block >= size))
+            raise UsageError(
+                f"{path} holds the token {block[at]} at position {start + at}, and the vocabulary "
+                f"has {size}. Write it with GPT-2's tokenizer, as nanoGPT does."
+            )
+
+
+def blocks(tokens: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """The tokens and their positions in blocks; of more than a GiB, blocks spread over it."""
+    size = BLOCK // tokens.itemsize
+    starts = range(0, len(tokens), size)
+    if len(starts) > BLOCKS:
+        starts = [starts[i] for i in np.linspace(0, len(starts) - 1, BLOCKS).astype(int)]
+    for start in starts:
+        yield start, tokens[start : start + size]
+
+
+def fingerprint(corpus: Corpus) -> dict[str, str]:
+    """What tells one text from another: the length and a digest of each split."""
+    found = {}
+    for split in SPLITS:
+        tokens = getattr(corpus, split)
+        digest = hashlib.sha256()
+        for _, block in blocks(tokens):
+            digest.update(np.ascontiguousarray(block))
+        found[split] = f"{len(tokens)} tokens, sha256 {digest.hexdigest()[:16]}"
+    return found
 
 
 def beginning(documents: Iterable[dict[str, Any]]) -> dict[str, bytes]:
@@ -129,14 +174,20 @@ def beginning(documents: Iterable[dict[str, Any]]) -> dict[str, bytes]:
     """
     parts: dict[str, list[bytes]] = {split: [] for split in SPLITS}
     sizes = dict.fromkeys(SPLITS, 0)
+    nulls = 0
     for document in documents:
-        text = document[stream.COLUMN]
+        text = stream.text_of(document)
+        if text is None:
+            nulls += 1
+            continue
         split = split_of(text)
         if split == "train" or sizes[split] < HELD_OUT:
             parts[split].append(text.encode())
             sizes[split] += len(parts[split][-1])
         if min(sizes["tune"], sizes["validation"]) >= HELD_OUT:
             break
+    if nulls:
+        hosts.warn(f"{nulls} document(s) at the beginning of the stream are null, and left out.")
     return {split: SEPARATOR.join(part) for split, part in parts.items()}
 
 
@@ -157,21 +208,21 @@ def texts_of(name: str) -> dict[str, bytes]:
     )
 
 
-def load(name: str, tokenizer: str = "bytes") -> Corpus:
-    """The corpus that `--data` and `--tokenizer` name."""
+def load(name: str, tokenizer: str = "bytes", kept: Path | None = None) -> Corpus:
+    """The corpus that `--data` and `--tokenizer` name, with the tokenizer that a run has kept."""
     kind, _, place = name.partition(":")
     if kind == "bin":
         return token_files(place)
     texts = texts_of(name)
-    encode, _, vocab_size = tokenizers.find(tokenizer, texts["train"])
-    splits = {split: encode(text) for split, text in texts.items()}
+    codec = tokenizers.find(tokenizer, lambda: texts["train"], kept)
+    splits = {split: codec.encode(text) for split, text in texts.items()}
     if kind != "hf":
-        return Corpus(**splits, vocab_size=vocab_size)
+        return Corpus(**splits, vocab_size=codec.size, codec=codec)
 
     def windows(context: int, process: int, processes: int) -> grain.IterDataset:
         return stream.Windows(
             documents,
-            lambda text: encode(text + SEPARATOR),
+            lambda text: codec.encode(text + SEPARATOR),
             lambda text: split_of(text) == "train",
             context,
             process,
@@ -179,7 +230,7 @@ def load(name: str, tokenizer: str = "bytes") -> Corpus:
         )
 
     documents = stream.documents(place)
-    return Corpus(**splits, vocab_size=vocab_size, windows=windows)
+    return Corpus(**splits, vocab_size=codec.size, windows=windows, codec=codec)
 
 
 def check_length(corpus: Corpus, context: int) -> None:

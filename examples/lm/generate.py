@@ -1,6 +1,5 @@
 """Text from a trained model."""
 
-import json
 from dataclasses import dataclass
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from examples.lm import data, mesh, report, tokenizers
+from examples.lm import data, mesh, run_folder, tokenizers
 from examples.lm.checkpoint import Checkpoints
 from examples.lm.config import Hyperparameters, MeshConfig, RunConfig, TrainConfig, UsageError
 from examples.lm.train import Trainer
@@ -36,7 +35,7 @@ class GenerateConfig:
 def run_config(out: str) -> TrainConfig:
     """The settings that a run's folder says it was trained with."""
     known = {*RunConfig.__dataclass_fields__, *Hyperparameters.__dataclass_fields__, "optimizer"}
-    written = json.loads((report.folder_of(out) / "run.json").read_text())
+    written = run_folder.read_json(run_folder.existing(out) / run_folder.RECORD)
     return TrainConfig(**{k: v for k, v in written.items() if k in known}, out=out)
 
 
@@ -66,15 +65,20 @@ def generate(config: GenerateConfig) -> None:
     run = run_config(config.out)
     if run.data.startswith("bin:"):
         raise UsageError("A run on token files does not know their tokenizer; nothing to print.")
-    encode, decode, size = tokenizers.find(run.tokenizer, data.texts_of(run.data)["train"])
+    folder = run_folder.existing(config.out)
+    codec = tokenizers.find(
+        run.tokenizer,
+        lambda: data.texts_of(run.data)["train"],  # of a run that kept no tokenizer
+        folder / run_folder.TOKENIZER,
+    )
     device_mesh = mesh.make_mesh(MeshConfig(), jax.devices()[:1])
-    trainer = Trainer(run, device_mesh, size)
-    store = Checkpoints(report.folder_of(config.out), run, read_only=True)
-    kept = store.restore(trainer.abstract_sharded_state())
-    if kept is None:
+    trainer = Trainer(run, device_mesh, codec.size)
+    store = Checkpoints(folder, run, read_only=True)
+    restored = store.restore(trainer.abstract_sharded_state())
+    if restored is None:
         raise UsageError(f"{config.out} holds no checkpoint yet. Wait for the run's first one.")
-    state = kept[1]
-    prompt = [int(token) for token in encode(config.prompt.encode())]
+    state = restored[1]
+    prompt = [int(token) for token in codec.encode(config.prompt.encode())]
     Console(markup=False, highlight=False).print(
-        decode(sample(trainer, state.params, prompt, config))
+        codec.decode(sample(trainer, state.params, prompt, config))
     )

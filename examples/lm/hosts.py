@@ -4,8 +4,10 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -56,18 +58,71 @@ def join(config: HostConfig, agree: bool) -> None:
 def termination() -> Iterator[Callable[[int], bool]]:
     """Yields a function that tells, called after every step with its number, whether to leave.
 
-    A single process leaves after the step in which SIGTERM came. Several agree on a step that none
-    of them has passed, whichever got the signal: JAX's own protocol, which takes about a second.
+    A single process leaves after the step in which SIGTERM or SIGINT (Ctrl-C) came. Several agree
+    on a step that none of them has passed, whichever got the signal: JAX's own protocol, which
+    takes about a second. A second signal ends the process at once.
     """
-    if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    asked = []
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+    asked: list[int] = []
+    several = jax.process_count() > 1
+
+    def announce(number: int) -> None:
+        print(
+            "Stopping after the step at hand; a second signal ends at once.",
+            file=sys.stderr,
+            flush=True,
+        )
+        if several:
+            os.kill(os.getpid(), signal.SIGTERM)  # JAX has taken this one, and listens to no other
+
+    numbers = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
+    before = {n: signal.signal(n, lambda number, _: asked.append(number)) for n in numbers}
     try:
-        yield lambda step: bool(asked)
+        with listening(numbers, announce):
+            yield (
+                multihost_utils.reached_preemption_sync_point if several else lambda _: bool(asked)
+            )
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def listening(numbers: tuple[int, ...], announce: Callable[[int], None]) -> Iterator[None]:
+    """Inside, the first of these signals is announced and the second ends the process.
+
+    A thread does both. The main one may be inside a compilation for minutes, where Python runs no
+    handler; what the interpreter writes on a signal's arrival can be read all the same.
+    """
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+
+    def listen() -> None:
+        first = None
+        while received := ours.recv(1):
+            number = received[0]
+            if number in numbers and first is not None:
+                sys.stdout.flush()
+                os._exit(128 + number)
+            elif number in numbers:
+                first = number
+                announce(number)
+
+    before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    thread = threading.Thread(target=listen, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        theirs.close()
+        thread.join()
+        ours.close()
+
+
+def warn(sentence: str) -> None:
+    """Warns once, however many processes there are."""
+    if jax.process_index() == 0:
+        print(f"Warning: {sentence}", file=sys.stderr)
 
 
 def gather(position: dict[str, Any]) -> list[dict[str, Any]]:
@@ -77,6 +132,11 @@ def gather(position: dict[str, Any]) -> list[dict[str, Any]]:
     padded = np.pad(text, (0, longest - len(text)), constant_values=ord(" "))
     rows = multihost_utils.process_allgather(padded).reshape(-1, longest)
     return [json.loads(bytes(row)) for row in rows]
+
+
+def from_first(value: Any) -> Any:
+    """The first process's value, which can be written as JSON, on all of them."""
+    return gather({"value": value})[0]["value"] if jax.process_count() > 1 else value
 
 
 def own(positions: list[dict[str, Any]]) -> dict[str, Any]:

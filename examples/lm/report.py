@@ -1,10 +1,8 @@
 """What the user sees of a run: the progress bar, the table, the files."""
 
 import contextlib
-import dataclasses
-import json
+import time
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,87 +10,106 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.summary_pb2 import Summary
 
-from examples.lm.config import UsageError
+from examples.lm import run_folder
 from examples.lm.loop import Result
 
-
-def read_metrics(path: Path) -> dict[str, list[dict[str, float]]]:
-    """The lines of metrics.jsonl by run."""
-    runs: dict[str, list[dict[str, float]]] = {}
-    for line in path.read_text().splitlines():
-        record = json.loads(line)
-        runs.setdefault(record.pop("run"), []).append(record)
-    return runs
-
-
-def folder_of(out: str | None) -> Path:
-    """The folder of a run that is to be continued."""
-    if out is None:
-        raise UsageError("--resume needs the run's folder. Name it with --out.")
-    if not (Path(out) / "run.json").is_file():
-        raise UsageError(f"{out} holds no run to resume. Check --out, or leave out --resume.")
-    return Path(out)
-
-
-def new_folder(out: str | None, command: str) -> Path:
-    """A new folder for the results; one that holds something already is refused."""
-    if out is None and jax.process_count() > 1:
-        raise UsageError("Several processes need one folder. Name it with --out.")
-    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{command}"
-    folder = Path(out) if out else Path("runs") / name
-    if jax.process_index() != 0:
-        return folder
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UsageError(f"{folder} exists already. Choose another --out; nothing was overwritten.")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+read_metrics, write_json = run_folder.read_metrics, run_folder.write_json
+folder_of, new_folder = run_folder.existing, run_folder.new
 
 
 def progress_bar(console: Console) -> Progress:
-    """A line for each run: loss, win rate, speed, share of the chips' peak, time left."""
+    """A line for each run: losses, win rate, speed, time left. Shown on a terminal only."""
     return Progress(
         TextColumn("{task.description:>9}"),
         BarColumn(bar_width=None),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
-        TextColumn("win {task.fields[win]}"),
-        TextColumn("{task.fields[speed]}"),
+        TextColumn("{task.fields[shown]}"),
         TimeRemainingColumn(),
         console=console,
-        disable=jax.process_index() != 0,
+        disable=jax.process_index() != 0 or not console.is_terminal,
     )
+
+
+class Board:
+    """TensorBoard's event file. It lacks what the disk refuses; metrics.jsonl gets that later."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.writer: EventsWriter | None = None
+        self.files = 0
+
+    def add(self, record: dict[str, float]) -> None:
+        """Writes a line's numbers, in this thread: tensorboardX's own hangs after an error."""
+        values = [
+            Summary.Value(tag=key, simple_value=record[key]) for key in record if key != "step"
+        ]
+        event = Event(
+            step=int(record["step"]), wall_time=time.time(), summary=Summary(value=values)
+        )
+        try:
+            if self.writer is None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.writer = EventsWriter(str(self.folder / "events"), f".{self.files}")
+                self.files += 1
+            self.writer.write_event(event)
+            self.writer.flush()
+        except OSError:  # the file may be torn, and is not written to again
+            self.close()
+
+    def close(self) -> None:
+        """Closes the file; a later line begins another one."""
+        writer, self.writer = self.writer, None
+        if writer is not None:
+            with contextlib.suppress(OSError):
+                writer.close()
 
 
 def tracker(
     progress: Progress, name: str, steps: int, path: Path, closing: contextlib.ExitStack
 ) -> Callable[[dict[str, float]], None]:
-    """A run's log function: metrics.jsonl, TensorBoard and a move of the progress bar.
+    """A run's log function: metrics.jsonl, TensorBoard, and a move of the progress bar.
 
-    What it opens is closed with `closing`.
+    Where there is no terminal, as in a pipe or a file, a line is printed in place of the bar. What
+    it opens is closed with `closing`.
     """
     if jax.process_index() != 0:
         return lambda record: None
-    board = closing.enter_context(SummaryWriter(str(path.parent / "tensorboard" / name)))
-    empty = {"loss": float("nan"), "win": "   -", "speed": ""}
-    task = progress.add_task(name, total=steps, **empty)
+    board = closing.enter_context(contextlib.closing(Board(path.parent / "tensorboard" / name)))
+    lines = closing.enter_context(contextlib.closing(run_folder.Log(path)))
+    task = progress.add_task(name, total=steps, shown="compiling")
+    console, digits = progress.console, len(str(steps))
+    validation = ""
 
     def log(record: dict[str, float]) -> None:
-        for key in record.keys() - {"step"}:
-            board.add_scalar(key, record[key], record["step"])
-        board.flush()
-        with path.open("a") as file:
-            file.write(json.dumps({"run": name, **record}) + "\n")
-        if "loss" in record:
-            win = f"{record['win_rate']:4.2f}" if "win_rate" in record else "   -"
-            speed = f"{record['tokens_per_second'] / 1e3:5.1f}k tokens/s"
-            speed += f", MFU {100 * record['mfu']:.1f} %" if "mfu" in record else ""
-            progress.update(
-                task, completed=record["step"] + 1, loss=record["loss"], win=win, speed=speed
-            )
+        nonlocal validation
+        board.add(record)
+        lines.append({"run": name, **record})
+        if "val_loss" in record:
+            validation = f"  val {record['val_loss']:.3f}"
+            done, shown = int(record["step"]), validation.strip()
+        else:
+            done, shown = int(record["step"]) + 1, training_line(record) + validation
+        if "val_loss" not in record:
+            progress.update(task, completed=done, shown=shown)
+        if not console.is_terminal:
+            console.print(f"{name} {done:>{digits}}/{steps}  {shown}", highlight=False)
 
     return log
+
+
+def training_line(record: dict[str, float]) -> str:
+    """A step's numbers: loss, win rate, speed, share of the chips' peak."""
+    parts = [f"loss {record['loss']:.3f}"]
+    if "win_rate" in record:
+        parts.append(f"win rate {record['win_rate']:.2f}")
+    parts.append(f"{record['tokens_per_second'] / 1e3:.1f}k tokens/s")
+    if "mfu" in record:
+        parts.append(f"MFU {100 * record['mfu']:.1f} %")
+    return "  ".join(parts)
 
 
 def summary(result: Result) -> dict[str, Any]:
@@ -126,8 +143,3 @@ def table(summaries: dict[str, dict[str, Any]], bigram_loss: float | None) -> Ta
         out.add_section()
         out.add_row("bigram counts", f"{bigram_loss:.4f}", "-", "-", "-", style="dim")
     return out
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes readable JSON."""
-    path.write_text(json.dumps(content, indent=2, default=dataclasses.asdict) + "\n")

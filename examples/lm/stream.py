@@ -37,6 +37,21 @@ def documents(name: str) -> Any:
     return dataset
 
 
+def text_of(document: dict[str, Any]) -> str | None:
+    """A document's text, if it has one.
+
+    Raises:
+      UsageError: it has something else.
+    """
+    text = document.get(COLUMN)
+    if text is None or isinstance(text, str):
+        return text
+    raise UsageError(
+        f"A document's {COLUMN!r} is of type {type(text).__name__} ({str(text)[:40]!r}). "
+        "Make it a string, or null to leave the document out."
+    )
+
+
 class Reader(grain.DatasetIterator):
     """Every `context + 1` tokens of the documents, one after another, epoch after epoch.
 
@@ -91,8 +106,9 @@ class Reader(grain.DatasetIterator):
     def _append_document(self) -> None:
         for _ in range(2):
             for document in self.documents:
-                if self.stream.keep(document[COLUMN]):
-                    tokens = self.stream.encode(document[COLUMN].encode())
+                text = text_of(document)
+                if text is not None and self.stream.keep(text):
+                    tokens = self.stream.encode(text.encode())
                     self.tokens = np.concatenate([self.left_over, tokens.astype(np.int32)])
                     return
             self._open(None)

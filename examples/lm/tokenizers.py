@@ -1,18 +1,18 @@
 """Text to tokens: bytes, byte pairs learnt from the text, or GPT-2's."""
 
+import contextlib
 import hashlib
 import importlib
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
+from examples.lm import run_folder
 from examples.lm.config import UsageError
-
-Encode = Callable[[bytes], np.ndarray]
-Decode = Callable[[list[int]], str]
 
 PIECE = 1 << 16  # bytes of text that are tokenized as one
 PIECES = 256  # of them handed to a tokenizer at a time, which needs many times their memory
@@ -25,22 +25,55 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "sophia_optax"
 
 
-def find(name: str, text: bytes) -> tuple[Encode, Decode, int]:
-    """Encoder, decoder and vocabulary size; "bpe:SIZE" is learnt from `text` once and kept."""
+@dataclass(frozen=True)
+class Codec:
+    """A tokenizer: text to tokens and back.
+
+    Attributes:
+      encode: bytes of text to an array of tokens.
+      decode: tokens to text.
+      size: how many different tokens there are.
+      learnt: what was learnt from the text, as the package `tokenizers` writes it.
+    """
+
+    encode: Callable[[bytes], np.ndarray]
+    decode: Callable[[list[int]], str]
+    size: int
+    learnt: str | None = None
+
+
+def find(name: str, text: Callable[[], bytes], kept: Path | None = None) -> Codec:
+    """The tokenizer of that name; "bpe:SIZE" is learnt from the text, unless it was `kept`."""
     if name == "bytes":
-        return (
+        return Codec(
             lambda text: np.frombuffer(text, np.uint8),
             lambda tokens: bytes(tokens).decode(errors="replace"),
             256,
         )
     kind, _, size = name.partition(":")
     if kind == "bpe" and size.isdigit() and 256 < int(size) <= 65536:
-        return byte_pairs(int(size), text)
+        if kept is not None and kept.exists():
+            return codec(read(kept))
+        return codec(byte_pairs(int(size), text()))
     if name == "gpt2":
         return gpt2()
     raise UsageError(
         f"There is no tokenizer {name!r}. Choose bytes, bpe:SIZE (257 to 65536) or gpt2."
     )
+
+
+def read(path: Path) -> Tokenizer:
+    """What was learnt before.
+
+    Raises:
+      UsageError: the file is damaged.
+    """
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises nothing more precise
+        raise UsageError(
+            f"The tokenizer in {path} cannot be read ({error}). Restore it from a copy."
+        ) from error
 
 
 def pieces(text: bytes) -> list[str]:
@@ -49,22 +82,25 @@ def pieces(text: bytes) -> list[str]:
     return [part.decode(errors="replace") for part in parts]
 
 
-def byte_pairs(size: int, text: bytes) -> tuple[Encode, Decode, int]:
+def byte_pairs(size: int, text: bytes) -> Tokenizer:
     """A byte-level BPE learnt from the text, or from the cache if it was learnt before."""
     digest = hashlib.sha256(text).hexdigest()[:16]
     path = cache_folder() / f"bpe-{size}-{digest}.json"
-    if path.exists():
-        tokenizer = Tokenizer.from_file(str(path))
-    else:
-        learner = ByteLevelBPETokenizer()
-        learner.train_from_iterator(
-            pieces(text[:LEARN_FROM]), vocab_size=size, min_frequency=2, show_progress=False
-        )
+    with contextlib.suppress(UsageError):  # not there, or torn: it is learnt again
+        return read(path)
+    learner = ByteLevelBPETokenizer()
+    learner.train_from_iterator(
+        pieces(text[:LEARN_FROM]), vocab_size=size, min_frequency=2, show_progress=False
+    )
+    tokenizer = Tokenizer.from_str(learner.to_str())
+    with contextlib.suppress(OSError, UsageError):  # without a cache it is learnt each time
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}")
-        learner.save(str(unfinished))
-        unfinished.replace(path)
-        tokenizer = Tokenizer.from_file(str(path))
+        run_folder.replace(path, lambda unfinished: unfinished.write_text(tokenizer.to_str()))
+    return tokenizer
+
+
+def codec(tokenizer: Tokenizer) -> Codec:
+    """A learnt tokenizer, handed the text in parts."""
 
     def encode(text: bytes) -> np.ndarray:
         parts, ids = pieces(text), [np.zeros(0, np.uint16)]
@@ -73,10 +109,10 @@ def byte_pairs(size: int, text: bytes) -> tuple[Encode, Decode, int]:
             ids.extend(np.array(part.ids, np.uint16) for part in batch)
         return np.concatenate(ids)
 
-    return encode, tokenizer.decode, tokenizer.get_vocab_size()
+    return Codec(encode, tokenizer.decode, tokenizer.get_vocab_size(), tokenizer.to_str())
 
 
-def gpt2() -> tuple[Encode, Decode, int]:
+def gpt2() -> Codec:
     """GPT-2's byte pairs, by way of tiktoken and its cache."""
     try:
         encoding = importlib.import_module("tiktoken").get_encoding("gpt2")
@@ -90,4 +126,4 @@ def gpt2() -> tuple[Encode, Decode, int]:
         batches = encoding.encode_ordinary_batch(pieces(text))
         return np.concatenate([np.zeros(0, np.uint16), *(np.array(i, np.uint16) for i in batches)])
 
-    return encode, encoding.decode, encoding.n_vocab
+    return Codec(encode, encoding.decode, encoding.n_vocab)

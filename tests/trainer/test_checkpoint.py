@@ -10,6 +10,7 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -19,10 +20,12 @@ import orbax.checkpoint as ocp
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from examples.lm import report
+from examples.lm import checkpoint, report
 from examples.lm.__main__ import main
 from examples.lm.checkpoint import Checkpoints
-from examples.lm.config import TrainConfig
+from examples.lm.config import MeshConfig, TrainConfig, UsageError
+from examples.lm.mesh import make_mesh
+from examples.lm.train import Trainer
 from tests.trainer import worker
 
 RUN = shlex.split(
@@ -31,12 +34,16 @@ RUN = shlex.split(
 )
 
 
+FLAGS = {"model": "micro", "steps": 12, "batch_size": 8, "curvature_batch": 8}
+
+
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
     """Where compiled steps are kept; this process trains on one device."""
     device, folder = jax.devices()[:1], tmp_path_factory.mktemp("compiled")
     with pytest.MonkeyPatch.context() as patch, worker.quick_compilation(folder):
         patch.setattr(jax, "devices", lambda *_: device)
+        patch.setitem(worker.MODELS, "micro", worker.MICRO)
         yield folder
 
 
@@ -157,6 +164,151 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_it_resumed_to_the_bit(
     assert worker.run([*RUN, "--resume", "--out", str(folder)]) == 0
     assert str(torn) in capsys.readouterr().err
     assert not leftovers(folder)
+    assert_same_run(folder, finished)
+
+
+@pytest.fixture
+def stored(finished, tmp_path):
+    """A copy of the finished run, and a function that restores from it."""
+    folder = tmp_path / "stored"
+    shutil.copytree(finished, folder)
+    config = TrainConfig(**FLAGS)
+    trainer = Trainer(config, make_mesh(MeshConfig(), jax.devices()), 256)
+
+    def restore(trainer=trainer, **how):
+        store = Checkpoints(folder, config, **how)
+        try:
+            return store.restore(trainer.abstract_sharded_state())
+        finally:
+            store.close()
+
+    return folder, restore
+
+
+def flip(path, position):
+    """One bit."""
+    content = bytearray(path.read_bytes())
+    content[position // 8] ^= 1 << position % 8
+    path.write_bytes(content)
+
+
+def check_flips(folder, restore, expected, count):
+    """Flips bits of the newest checkpoint, one after the other; each is noticed or does nothing."""
+    rng = np.random.default_rng(0)
+    newest = folder / "checkpoints" / "12"
+    files = sorted(p for p in newest.rglob("*") if p.is_file())
+    noticed = 0
+    for _ in range(count):
+        path = files[rng.integers(len(files))]
+        position = int(rng.integers(8 * path.stat().st_size))
+        flip(path, position)
+        step, state, _ = restore(read_only=True)
+        flip(path, position)
+        noticed += step == 8
+        for x, y in zip(*map(jax.tree.leaves, (state, expected[step])), strict=True):
+            np.testing.assert_array_equal(x, y)
+    return noticed
+
+
+def states(folder, restore):
+    """The states of the newest two checkpoints."""
+    _, newest, _ = restore(read_only=True)
+    hidden = folder / "hidden"
+    (folder / "checkpoints" / "12").rename(hidden)
+    _, older, _ = restore(read_only=True)
+    hidden.rename(folder / "checkpoints" / "12")
+    return {12: newest, 8: older}
+
+
+def test_a_flipped_bit_costs_its_checkpoint_and_restores_no_other_number(stored, capsys):
+    folder, restore = stored
+    noticed = check_flips(folder, restore, states(folder, restore), 12)
+    assert noticed >= 10
+    assert "its SHA-256 differs" in capsys.readouterr().err
+
+
+@pytest.mark.stress
+def test_500_flipped_bits_restore_no_other_number(stored, capsys):
+    folder, restore = stored
+    noticed = check_flips(folder, restore, states(folder, restore), 500)
+    with capsys.disabled():
+        sys.stdout.write(f"\n{noticed} of 500 flipped bits were noticed; the rest change nothing\n")
+    assert noticed > 400
+
+
+def test_a_checkpoint_under_another_steps_name_is_noticed(stored, capsys):
+    folder, restore = stored
+    (folder / "checkpoints" / "8").rename(folder / "checkpoints" / "20")
+    step, _, _ = restore()
+    assert step == 12
+    assert "saved after step 8, and its folder was renamed" in capsys.readouterr().err
+    (folder / "checkpoints" / "12").rename(folder / "checkpoints" / "12 backup")
+    step, _, _ = restore()
+    assert step == 4
+    assert "12 backup is not named after a step" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read_and_its_step_checked(stored, capsys):
+    folder, restore = stored
+    for step in (4, 8, 12):
+        (folder / "checkpoints" / str(step) / "digests.json").unlink()
+    assert restore()[0] == 12
+    (folder / "checkpoints" / "8").rename(folder / "checkpoints" / "20")
+    assert restore()[0] == 12
+    assert "holds the state after step 8" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_read_for_a_moment_changes_nothing(stored, monkeypatch):
+    folder, restore = stored
+
+    def fail(path):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(checkpoint, "sha256", fail)
+    with pytest.raises(UsageError, match="Input/output error"):
+        restore()
+    monkeypatch.undo()
+    assert steps_of(folder) == {4, 8, 12}
+    assert restore()[0] == 12
+
+
+def test_a_state_of_another_form_changes_nothing(stored):
+    folder, restore = stored
+    other = TrainConfig(**FLAGS | {"optimizer": "adamw"})
+    trainer = Trainer(other, make_mesh(MeshConfig(), jax.devices()), 256)
+    with pytest.raises(UsageError, match="whole, as its digests say"):
+        restore(trainer)
+    assert steps_of(folder) == {4, 8, 12}
+
+
+@pytest.mark.parametrize("loss", ["all damaged", "all renamed", "all gone"])
+def test_a_run_whose_checkpoints_are_lost_never_begins_anew_over_its_history(
+    loss, finished, tmp_path, capsys
+):
+    folder = tmp_path / "lost"
+    shutil.copytree(finished, folder)
+    for path in (folder / "checkpoints").iterdir():
+        if loss == "all damaged":
+            for file in path.rglob("manifest.ocdbt"):
+                file.write_bytes(b"x")
+        elif loss == "all renamed":
+            path.rename(path.with_suffix(".unreadable"))
+        else:
+            shutil.rmtree(path)
+    before = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    for _ in range(2):
+        assert worker.run([*RUN, "--resume", "--out", str(folder)]) == 2
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert "checkpoint" in message
+        assert "another --out" in message
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == before
+    assert losses(folder) == losses(finished)
+
+
+def test_a_name_with_brackets_holds_checkpoints_that_can_be_read(finished, tmp_path):
+    folder = tmp_path / "lr=[0.1] *?"
+    assert worker.run([*RUN, "--out", str(folder)], stop_after=5) == 0
+    assert worker.run([*RUN, "--out", str(folder), "--resume"]) == 0
     assert_same_run(folder, finished)
 
 

@@ -40,20 +40,43 @@ TEXT = ("def fibonacci(n):\n    return n if n < 2 else fibonacci(n - 1) + 'ø∂
 
 @pytest.mark.parametrize("name", ["bytes", "bpe:300"])
 def test_a_tokenizer_gives_back_the_text(name, cache):
-    encode, decode, size = tokenizers.find(name, TEXT)
-    tokens = encode(TEXT)
-    assert tokens.max() < size
-    assert decode(tokens.tolist()) == TEXT.decode()
+    codec = tokenizers.find(name, lambda: TEXT)
+    tokens = codec.encode(TEXT)
+    assert tokens.max() < codec.size
+    assert codec.decode(tokens.tolist()) == TEXT.decode()
 
 
 def test_byte_pairs_are_fewer_than_bytes_and_learnt_once(cache, monkeypatch):
-    encode, _, size = tokenizers.find("bpe:300", TEXT)
-    assert 256 < size <= 300
-    assert len(encode(TEXT)) < len(TEXT) / 2
+    codec = tokenizers.find("bpe:300", lambda: TEXT)
+    assert 256 < codec.size <= 300
+    assert len(codec.encode(TEXT)) < len(TEXT) / 2
     assert len(list(cache.glob("bpe-300-*.json"))) == 1
     monkeypatch.setattr(tokenizers, "ByteLevelBPETokenizer", None)
-    again, _, _ = tokenizers.find("bpe:300", TEXT)
-    np.testing.assert_array_equal(again(TEXT), encode(TEXT))
+    again = tokenizers.find("bpe:300", lambda: TEXT)
+    np.testing.assert_array_equal(again.encode(TEXT), codec.encode(TEXT))
+
+
+def test_byte_pairs_whose_cache_is_torn_or_cannot_be_written_are_learnt_again(cache, monkeypatch):
+    codec = tokenizers.find("bpe:300", lambda: TEXT)
+    (path,) = cache.glob("bpe-300-*.json")
+    path.write_bytes(path.read_bytes()[:100])
+    again = tokenizers.find("bpe:300", lambda: TEXT)
+    np.testing.assert_array_equal(again.encode(TEXT), codec.encode(TEXT))
+    assert len(path.read_bytes()) > 100
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    again = tokenizers.find("bpe:300", lambda: TEXT)
+    np.testing.assert_array_equal(again.encode(TEXT), codec.encode(TEXT))
+
+
+def test_a_kept_tokenizer_is_used_whatever_the_text_has_become(cache, tmp_path):
+    codec = tokenizers.find("bpe:300", lambda: TEXT)
+    kept = tmp_path / "tokenizer.json"
+    kept.write_text(codec.learnt)
+    again = tokenizers.find("bpe:300", lambda: b"another text", kept)
+    np.testing.assert_array_equal(again.encode(TEXT), codec.encode(TEXT))
+    kept.write_text(codec.learnt[:100])
+    with pytest.raises(UsageError, match=r"tokenizer\.json cannot be read"):
+        tokenizers.find("bpe:300", lambda: TEXT, kept)
 
 
 # --- sources, through the command line ------------------------------------------------------------
@@ -81,6 +104,35 @@ def test_a_run_on_token_files(tmp_path, monkeypatch):
     out = tmp_path / "out"
     assert worker.run([*RUN, "--data", f"bin:{tmp_path}", "--out", str(out)]) == 0
     assert losses(out)[0] == pytest.approx(np.log(50257), rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["train", "val"])
+def test_a_token_beyond_the_vocabulary_is_named_with_its_file_and_position(name, tmp_path):
+    for part in ("train", "val"):
+        tokens = np.arange(2000).astype(np.uint16)
+        tokens[123] = 50276 if part == name else 50256
+        tokens.tofile(tmp_path / f"{part}.bin")
+    with pytest.raises(UsageError, match=rf"{name}\.bin holds the token 50276 at position 123"):
+        data.load(f"bin:{tmp_path}")
+
+
+def test_every_token_of_a_file_that_fits_the_bound_is_looked_at(monkeypatch):
+    monkeypatch.setattr(data, "BLOCK", 8)
+    tokens = np.arange(33, dtype=np.uint16)
+    seen = np.concatenate([block for _, block in data.blocks(tokens)])
+    np.testing.assert_array_equal(seen, tokens)
+    monkeypatch.setattr(data, "BLOCKS", 3)
+    assert [start for start, _ in data.blocks(tokens)] == [0, 16, 32]
+
+
+@pytest.mark.parametrize("split", list(data.SPLITS))
+def test_a_fingerprint_tells_texts_apart_by_any_split(split):
+    splits = {name: np.arange(1000, dtype=np.uint8) for name in data.SPLITS}
+    before = data.fingerprint(data.Corpus(**splits, vocab_size=256))
+    splits[split] = splits[split].copy()
+    splits[split][500] += 1
+    after = data.fingerprint(data.Corpus(**splits, vocab_size=256))
+    assert [name for name in data.SPLITS if before[name] != after[name]] == [split]
 
 
 def test_packages_are_the_standard_library_and_what_is_installed_each_text_once(
@@ -185,6 +237,32 @@ def test_a_dataset_that_cannot_be_read_is_named(dataset, tmp_path):
     (tmp_path / "other" / "a.jsonl").write_text('{"content": "words"}\n')
     with pytest.raises(UsageError, match="no column 'text' but content"):
         data.load(f"hf:{tmp_path}/other")
+
+
+def test_null_documents_are_left_out_of_a_stream_and_counted(dataset, capsys):
+    expected = data.load(dataset).train
+    for path in sorted(Path(dataset.removeprefix("hf:")).iterdir()):
+        path.write_text('{"text": null}\n' + path.read_text() + '{"text": null}\n')
+    corpus = data.load(dataset)
+    assert "8 document(s)" in capsys.readouterr().err
+    np.testing.assert_array_equal(corpus.train, expected)
+    assert next(windows(corpus)).shape == (4, 17)
+
+
+def test_a_document_that_is_no_text_is_said():
+    with pytest.raises(UsageError, match=r"of type int \(7\)|of type int \('7'\)"):
+        data.beginning([{"text": "a document"}, {"text": 7}])
+
+
+def test_an_empty_shard_is_passed_over_and_a_stream_of_nothing_else_is_said(dataset):
+    folder = Path(dataset.removeprefix("hf:"))
+    paths = sorted(folder.iterdir())
+    paths[0].write_text("")
+    assert next(windows(data.load(dataset))).shape == (4, 17)
+    for path in paths:
+        path.write_text("")
+    with pytest.raises(UsageError, match="cannot be loaded"):
+        data.load(dataset)
 
 
 def test_without_the_package_a_stream_is_answered_with_how_to_install_it(monkeypatch):
