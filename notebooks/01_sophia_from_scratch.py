@@ -17,11 +17,11 @@
 # # Sophia from scratch
 #
 # [![Open Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/)
-# (upload this file there; the first cell installs what is missing)
+# In Colab, choose File > Upload notebook. The first cell installs what is missing.
 #
-# Sophia is momentum, divided by an estimate of the curvature, and clipped. Here it is in thirty
-# lines of JAX, checked against the library, and watched on a landscape of two parameters where
-# each of SGD, SignSGD, Adam and Newton's method has a difficulty of its own.
+# Sophia divides the momentum by an estimate of the curvature and clips the result. This notebook
+# writes it in thirty lines of JAX, checks them against the library, and plots it on a landscape of
+# two parameters on which SGD, SignSGD, Adam and Newton's method each have a difficulty.
 #
 # The paper: [Liu, Li, Hall, Liang and Ma 2023](https://arxiv.org/abs/2305.14342).
 
@@ -29,10 +29,16 @@
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
-PACKAGE = "sophia_optax[plotting]"  # or the path of a wheel
+# A git URL ("git+https://...") or the path of a wheel. If empty: a wheel that was uploaded, or the
+# clone that this notebook is in, or the package index.
+SOURCE = ""
 if importlib.util.find_spec("sophia_optax") is None:
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", PACKAGE], check=True)
+    found = [str(path) for path in Path().glob("sophia_optax-*.whl")]
+    found += [".."] * Path("../sophia_optax").is_dir() + ["sophia_optax"]
+    packages = [SOURCE or found[0], "matplotlib"]
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", *packages], check=True)
 
 import jax
 import jax.numpy as jnp
@@ -50,11 +56,11 @@ import sophia_optax
 # $$L(\theta) = \underbrace{8(\theta_1 - 1)^2 (1.3\,\theta_1^2 + 2\theta_1 + 1)}_{L_1(\theta_1)}
 # + \underbrace{\tfrac12(\theta_2 - 4)^2}_{L_2(\theta_2)}$$
 #
-# It is small enough to see, and has two difficulties that a language model's loss has too:
+# It is small enough to plot, and has two difficulties in common with a language model's loss:
 #
 # * **The curvature differs between the coordinates.** At the minimum, $(1, 4)$, it is about 69
 #   along $\theta_1$ and 1 along $\theta_2$.
-# * **In places it is negative.** Between $-0.37$ and $0.60$, $L_1$ bends downwards; at
+# * **The curvature is negative in places.** Between $-0.37$ and $0.60$, $L_1$ bends downwards; at
 #   $\theta_1 = 0$ it has a local maximum, so $(0, 4)$ is a saddle.
 
 
@@ -83,12 +89,12 @@ for point in ([1.0, 4.0], [0.0, 4.0], [0.2, 0.0]):
 # \theta_{t+1} &= \theta_t - \eta\,(u_t + \lambda\, \theta_t)
 # \end{aligned}$$
 #
-# $\bar h = h / (1 - \beta_2^n)$ makes up for $h$ having started at zero, $n$ refreshes ago. (The
-# paper leaves that out, and so does `bias_correction=False`.)
+# $\bar h = h / (1 - \beta_2^n)$ corrects for $h$ having started at zero, $n$ refreshes ago. (The
+# paper does not correct it; `bias_correction=False` is the paper's.)
 #
 # $\hat h$ is an estimate of the Hessian's diagonal. Hutchinson's takes random signs $u$ and returns
 # $u \odot (\nabla^2 L\, u)$. Its mean is the diagonal, and the product with $u$ costs a few
-# gradients: no Hessian is ever formed.
+# gradients. The Hessian is never formed.
 
 
 # %%
@@ -126,9 +132,9 @@ def sophia(loss_fn, params, steps, lr, b1, b2, gamma, k=10, rho=1.0, eps=1e-12, 
 # %% [markdown]
 # ## The library, on the same problem
 #
-# `sophia_optax.sophia_h` is an Optax transformation. Its `update` takes, besides the gradients, a
-# function that estimates the curvature, and calls it when a refresh is due. A function that draws
-# a whole trajectory, for this and any other optimizer:
+# `sophia_optax.sophia_h` is an Optax transformation. Its `update` has one more argument: a function
+# that estimates the curvature, which it calls when a refresh is due. This function returns the
+# trajectory of any optimizer:
 
 
 # %%
@@ -164,10 +170,11 @@ start = jnp.array([0.2, 0.0])
 compare("the landscape", loss_fn, start, lr=0.1)
 
 # %% [markdown]
-# On that landscape the Hessian is diagonal, and any signs give its diagonal exactly. A harder check
-# is a small network, in which everything is coupled: the estimates are noisy, and the trajectories
-# agree only if both draw the same signs. They do, as the library derives its keys in this way: from
-# a seed and the step's number. (So no key has to be saved, and a resumed run draws the same signs.)
+# On that landscape the Hessian is diagonal, and any signs give its diagonal exactly. A small
+# network is a harder check. Its parameters are coupled, so the estimates are noisy, and the
+# trajectories agree only if both draw the same signs. They do, because the library derives its keys
+# from a seed and the step's number too. (So no key has to be saved, and a resumed run draws the
+# same signs.)
 
 # %%
 rng = np.random.default_rng(0)
@@ -189,11 +196,11 @@ network = jax.tree.map(jnp.asarray, network)
 compare("a network", network_loss, network, lr=0.02)
 
 # %% [markdown]
-# ## Five optimizers, one start
+# ## Compare five optimizers
 #
-# All start at $(0.2, 0)$, where $L_1$ bends downwards, at rates chosen for the picture: SGD's is
-# about one over the larger curvature, the others' is 0.3. Only Adam has momentum. With
-# $\gamma = \eta$, an unclipped step of Sophia is Newton's, $g / h$; a clipped one has the length
+# All start at $(0.2, 0)$, where $L_1$ bends downwards. The rates are chosen for the picture: SGD's
+# is about one over the larger curvature, the others' is 0.3. Only Adam has momentum. With
+# $\gamma = \eta$, an unclipped step of Sophia is a Newton step, $g / h$. A clipped step has length
 # $\eta$ in its coordinate.
 
 
@@ -239,18 +246,18 @@ for name, path in paths.items():
     print(f"{name:8} after {STEPS} steps: ({x:5.2f}, {y:5.2f}), loss {loss_fn(path[-1]):.1e}")
 
 # %% [markdown]
-# * **SGD** has one rate for both coordinates. The sharp one allows no more than $2/69$, and at such
-#   a rate the flat one crawls.
-# * **SignSGD**, and much the same **Adam**, go about equally far in both. At this rate they bounce
-#   in the sharp one; a smaller or decaying one would calm them, and slow down the flat one.
-# * **Newton** divides by the curvature, so both coordinates arrive together; but where the
+# * **SGD** has one rate for both coordinates. The sharp one allows at most $2/69$, and at such a
+#   rate the flat one is slow.
+# * **SignSGD** and **Adam** move about equally far in both. At this rate they oscillate in the
+#   sharp one. A smaller or decaying rate would prevent that, and slow down the flat one.
+# * **Newton's method** divides by the curvature, so both coordinates arrive together. Where the
 #   curvature is negative its step points uphill, and it ends in the saddle.
 # * **Sophia** takes a sign step where the curvature is negative or the quotient large, and is
 #   Newton's method near the minimum.
 #
-# ## Why the clip is there
+# ## See why Sophia clips
 #
-# How far does each method go along $\theta_1$ from where it stands?
+# How far does each method step along $\theta_1$, from each point?
 
 # %%
 slope = jax.vmap(jax.grad(lambda x: loss_fn((x, 4.0))))
@@ -277,17 +284,15 @@ for axes in (top, bottom):
 plt.show()
 
 # %% [markdown]
-# Newton's step is right near a minimum, where the two curves are one. Elsewhere it fails in two
-# ways:
+# Newton's step is right near a minimum, where the two curves agree. Elsewhere it fails in two ways:
 #
-# 1. **In the gray band it has the wrong sign**: it leads to the maximum at 0. Sophia takes
-#    $\max(\gamma h, \epsilon)$ in place of a negative curvature. The quotient is then huge, with
-#    the sign of the gradient, and the clip makes a step of length $\eta$ of it.
-# 2. **At the band's edges it has no bound**, as the curvature passes through zero. There the clip
-#    alone stands between Sophia and a step of any length.
+# 1. **In the gray band it has the wrong sign**: it leads to the maximum at 0. Sophia uses
+#    $\max(\gamma h, \epsilon)$ instead of a negative curvature. The quotient is then huge, with the
+#    sign of the gradient, and the clip reduces it to a step of length $\eta$.
+# 2. **At the band's edges it has no bound**, because the curvature passes through zero. There only
+#    the clip bounds Sophia's step.
 #
-# $\theta_1$ over four steps, with the clip and without, which the library allows for such
-# experiments:
+# $\theta_1$ over four steps, with the clip and without it:
 
 # %%
 no_clip = sophia_optax.sophia_h(RATE, gamma=RATE, clip_threshold=None, **papers)
@@ -295,10 +300,10 @@ for name, tx in {"clipped": one_sophia, "not clipped": no_clip}.items():
     print(f"{name:12}", *(f"{theta[0]:9.3g}" for theta in trajectory(tx, loss_fn, start, 4)))
 
 # %% [markdown]
-# ## How often does it clip?
+# ## Read the win rate
 #
-# The share of coordinates that are *not* clipped is the **win rate**. The state has it, for any
-# Optax chain:
+# The **win rate** is the share of coordinates that are *not* clipped. `diagnostics` reads it from
+# the state of any Optax chain:
 
 
 # %%
@@ -318,8 +323,8 @@ for step in range(14):
     print(f"step {step:2}: to ({x:.2f}, {y:.2f}), win rate {win_rate:.1f}")
 
 # %% [markdown]
-# First both coordinates are clipped, then only the flat one, and the last steps are Newton's. A
-# large model on mini-batches does not come to this end: most of its coordinates stay clipped, and
-# the paper tunes $\gamma$ until 0.1 to 0.5 of them are not.
+# First both coordinates are clipped, then only the flat one, and the last steps are Newton steps.
+# In a large model on mini-batches many coordinates stay clipped. The paper tunes $\gamma$ until 0.1
+# to 0.5 of them are not.
 #
 # Next: [the estimators, and the curvature of a transformer](02_curvature.ipynb).

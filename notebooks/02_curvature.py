@@ -17,24 +17,28 @@
 # # Curvature, exact and estimated
 #
 # [![Open Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/)
-# (upload this file there; the first cell installs what is missing)
+# In Colab, choose File > Upload notebook. The first cell installs what is missing.
 #
-# Sophia divides by the diagonal of the loss's second derivative, which nobody can afford to
-# compute for a large model. Two estimators stand in for it. Here they are held against the exact
-# diagonal of a small network. Then a small transformer shows what Sophia lives on: its curvature
-# spans many orders of magnitude.
+# Sophia divides by the diagonal of the Hessian, which is too expensive to compute for a large
+# model. Two estimators approximate it. This notebook compares them with the exact diagonal of a
+# small network. Then it trains a small transformer, whose curvature spans many orders of magnitude.
 
 # %%
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
-PACKAGE = "sophia_optax[plotting]"  # or the path of a wheel
+# A git URL ("git+https://...") or the path of a wheel. If empty: a wheel that was uploaded, or the
+# clone that this notebook is in, or the package index.
+SOURCE = ""
 if importlib.util.find_spec("sophia_optax") is None:
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", PACKAGE], check=True)
+    found = [str(path) for path in Path().glob("sophia_optax-*.whl")]
+    found += [".."] * Path("../sophia_optax").is_dir() + ["sophia_optax"]
+    packages = [SOURCE or found[0], "matplotlib"]
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", *packages], check=True)
 
 import sysconfig
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +53,7 @@ import sophia_optax.plotting
 cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
 
 # %% [markdown]
-# ## A network small enough for the exact answer
+# ## Compute the exact diagonal of a small network
 #
 # A classifier with 8 inputs, 12 hidden units and 3 classes, trained for a while. Its 147 parameters
 # have a Hessian of 147 x 147, which `jax.hessian` can form.
@@ -93,12 +97,12 @@ params, losses = descend(params)
 print(f"{params.size} parameters, loss {losses[0]:.2f} -> {losses[-1]:.2f}")
 
 # %% [markdown]
-# There are two matrices to take the diagonal of. With $f$ the logits, $J$ their Jacobian and $H_f$
-# the second derivative of the cross-entropy in them, the Hessian is
+# There are two diagonals to estimate. With $f$ the logits, $J$ their Jacobian and $H_f$ the second
+# derivative of the cross-entropy in them, the Hessian is
 #
 # $$\nabla^2 L = \underbrace{\operatorname{mean}_i J_i^\top H_{f,i}\, J_i}_{\text{Gauss-Newton}}
 # + \underbrace{\operatorname{mean}_i \textstyle\sum_c
-# \frac{\partial \ell_i}{\partial f_{ic}} \nabla^2 f_{ic}}_{\text{the network's own bends}}$$
+# \frac{\partial \ell_i}{\partial f_{ic}} \nabla^2 f_{ic}}_{\text{curvature of the network}}$$
 #
 # The first term is never negative on its diagonal. The second can have any sign; it is small where
 # the residuals $\partial \ell / \partial f$ are.
@@ -123,14 +127,14 @@ print(f"Hessian:      {hessian.min():8.4f} to {hessian.max():.3f}, {(hessian < 0
 print(f"Gauss-Newton: {gauss_newton.min():8.4f} to {gauss_newton.max():.3f}")
 
 # %% [markdown]
-# ## Two estimators
+# ## Compare two estimators with it
 #
-# **Hutchinson** (Sophia-H) aims at the Hessian: random signs $u$, and $u \odot (\nabla^2 L\, u)$.
-# It needs a loss that can be differentiated twice.
+# **Hutchinson** (Sophia-H) estimates the Hessian's diagonal by $u \odot (\nabla^2 L\, u)$ with
+# random signs $u$. It needs a loss that can be differentiated twice.
 #
-# **Gauss-Newton-Bartlett** (Sophia-G) aims at the Gauss-Newton diagonal. It draws labels from the
-# model's own prediction, takes the gradient on them and squares it. First derivatives will do, and
-# the estimate is never negative. The library calls it with the logits, and scales it so that no
+# **Gauss-Newton-Bartlett** (Sophia-G) estimates the Gauss-Newton diagonal. It draws labels from the
+# model's own prediction, computes the gradient on them and squares it. It needs first derivatives
+# only, and is never negative. The library computes it from the logits, and scales it so that no
 # batch size has to be passed.
 #
 # Each returns a function from a random key to an estimate:
@@ -163,16 +167,16 @@ for axes in rows[-1]:
 plt.show()
 
 # %% [markdown]
-# One probe is a poor picture of any single coordinate, and that is what training uses: the
-# optimizer averages over refreshes, with decay `b2=0.99` at each, so that about a hundred of them
-# count. The lower row shows what a hundred at one place are worth.
+# One probe estimates a single coordinate poorly. Training uses one probe per refresh and averages
+# over refreshes, with decay `b2=0.99` at each, so about a hundred of them count. The lower row
+# shows the mean of a hundred probes.
 #
-# ## How the error falls
+# ## Measure how the error falls
 #
 # The estimators are unbiased, so averaging $n$ draws divides the variance by $n$. The relative
-# error $\lVert \hat h - h \rVert / \lVert h \rVert$ falls as $1 / \sqrt n$, the gray line. To see
-# it, draw 1024 estimates of one probe each, and average them in groups of $n$. On the right the
-# estimates see a part of the batch only, while the exact diagonal stays that of all of it.
+# error $\lVert \hat h - h \rVert / \lVert h \rVert$ falls as $1 / \sqrt n$, the gray line. The cell
+# below draws 1024 estimates of one probe each, and averages them in groups of $n$. On the right the
+# estimates use a part of the batch, and the exact diagonal uses all of it.
 
 
 # %%
@@ -215,15 +219,15 @@ right.legend(fontsize="small")
 plt.show()
 
 # %% [markdown]
-# On the right is the reason why the curvature may be taken on a part of the batch. With one probe
-# (solid lines), the error hardly depends on the number of examples: it is the noise of the probe,
-# and more data do not remove it. Only for many probes (dashed) does the data's share show.
+# The right plot shows why a part of the batch is enough. With one probe (solid lines), the error
+# hardly depends on the number of examples: it is the noise of the probe, and more data do not
+# remove it. The number of examples matters only for many probes (dashed).
 #
-# So a refresh on a part of the batch is nearly as good and costs that part. The paper takes 32 of
+# So a refresh on a part of the batch is nearly as good and costs that part. The paper uses 32 of
 # 480 sequences for Sophia-H and 240 for Sophia-G. `sophia_optax.curvature_batch(batch, size)`
-# takes one without moving data between devices.
+# selects a part without moving data between devices.
 #
-# ## A transformer
+# ## Look at a transformer
 #
 # Two layers, width 48, on bytes of Python's standard library. The params are a plain dictionary.
 
@@ -281,11 +285,11 @@ def transformer(params, tokens):
 
 
 # %% [markdown]
-# ### Training it, with an eye on the curvature
+# ### Train it and record the curvature
 #
-# The state of the optimizer holds $h$, the average of the estimates. `sophia_optax.diagnostics`
-# reads the win rate off it, `plotting.curvature_quantiles` the spread of $h$. Both go into
-# records, one for each refresh.
+# The state of the optimizer has $h$, the average of the estimates. `sophia_optax.diagnostics`
+# returns the win rate, `plotting.curvature_quantiles` the quantiles of $h$. Each refresh adds both
+# to the records.
 
 # %%
 STEPS = 300
@@ -327,11 +331,11 @@ for step, batch in enumerate(batches(STEPS)):
 sophia_optax.plotting.win_rate({"sophia_g": records})
 
 # %% [markdown]
-# The win rate is the share of coordinates that take a step of their own length. The gray band is
-# what the paper tunes $\gamma$ for. Here it falls, since $\gamma$ stays and the curvature becomes
-# smaller:
+# The win rate is the share of coordinates that are not clipped. The gray band is the range for
+# which the paper tunes $\gamma$. Here the win rate falls, because $\gamma$ is fixed and the
+# curvature decreases:
 #
-# ### The drift of h
+# ### Follow h over the run
 
 # %%
 corrected = []
@@ -342,12 +346,12 @@ for refreshes, record in enumerate(records, start=1):
 sophia_optax.plotting.curvature({"h as stored": records, "corrected for its start": corrected})
 
 # %% [markdown]
-# Lines are medians, bands reach from the 10 % to the 90 % quantile. The $h$ that is stored starts
-# at zero and gains one per cent of an estimate at a time, so its rise is no curvature at all. The
-# update divides it by $1 - \beta_2^n$, as in the upper curve, which is what the model's curvature
-# does: it falls as the model learns, and stays spread over orders of magnitude.
+# Lines are medians, bands reach from the 10 % to the 90 % quantile. The stored $h$ starts at zero
+# and gains one per cent of an estimate at a time, so its rise is not a rise of the curvature. The
+# update divides it by $1 - \beta_2^n$, as the upper curve does. That curve is the model's
+# curvature: it falls as the model learns, and stays spread over orders of magnitude.
 #
-# ### The spectrum, by kind of parameter
+# ### Split it by kind of parameter
 
 # %%
 KINDS = {
@@ -369,9 +373,9 @@ def kind(path):
 sophia_optax.plotting.curvature_histogram(state, kind, b2=0.99)
 
 # %% [markdown]
-# The axis is logarithmic. Positions and the norms' scales act on many tokens and are the sharpest;
-# most of the MLP is flat; and the embedding alone spans decades, as few predictions depend on the
-# rows of rare bytes. Attention has several humps, because it has several parts:
+# The axis is logarithmic. Positions and the norms' scales act on many tokens and are the sharpest.
+# Most of the MLP is flat. The embedding alone spans decades, because few predictions depend on the
+# rows of rare bytes. Attention has several peaks, because it has several parts:
 
 # %%
 share = 1 - 0.99 ** int(sophia_optax.diagnostics(state).refreshes)
@@ -382,9 +386,9 @@ for number, layer in enumerate(optax.tree.get(state, "nu")["layers"]):
         print(f"layer {number} {name:6} 10 % {low:.0e}   median {middle:.0e}   90 % {high:.0e}")
 
 # %% [markdown]
-# One learning rate has to suit the sharpest of all these, and at that rate plain gradient descent
-# hardly moves the flat ones. That is the case for dividing by the curvature. (Adam divides as well,
-# by the size of the gradients.) This is one small model and one seed; to see yours, log such
-# records and call `sophia_optax.plotting` on them.
+# Plain gradient descent needs a learning rate that suits the sharpest of these parameters, and at
+# that rate it hardly moves the flat ones. That is the reason to divide by the curvature. (Adam
+# divides by the size of the gradients.) This is one small model and one seed. To see yours, log
+# such records and pass them to `sophia_optax.plotting`.
 #
 # Next: [Sophia and AdamW train a language model](03_train_a_language_model.ipynb).

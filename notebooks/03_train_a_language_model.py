@@ -17,28 +17,30 @@
 # # Train a language model
 #
 # [![Open Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/)
-# (upload this file there; the first cell installs what is missing)
+# In Colab, choose File > Upload notebook. The first cell installs what is missing.
 #
-# A transformer in Flax NNX learns Python's standard library byte by byte, with AdamW and with
-# Sophia-G. Everything is on this page. Then $\gamma$, Sophia's own hyperparameter, is swept, and
-# after that found by itself.
+# This notebook trains a transformer in Flax NNX on Python's standard library, byte by byte, with
+# AdamW and with Sophia-G. Then it sweeps $\gamma$, and lets a win-rate target choose it.
 #
-# **A short run of one seed decides nothing.** This page shows how to use Sophia, not whether it
-# wins. Comparisons with tuning and several seeds are in the repository's `benchmarks/` and on the
-# page [Benchmarks](../docs/benchmarks.md), and find no difference beyond the spread over seeds at
-# this size.
+# **A short run of one seed decides nothing.** This notebook shows how to use Sophia, not whether it
+# is better. [Benchmarks](../docs/benchmarks.md) has comparisons with tuning and several seeds.
 
 # %%
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
-PACKAGES = ["sophia_optax[plotting]", "flax"]  # or the path of a wheel
+# A git URL ("git+https://...") or the path of a wheel. If empty: a wheel that was uploaded, or the
+# clone that this notebook is in, or the package index.
+SOURCE = ""
 if importlib.util.find_spec("sophia_optax") is None:
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", *PACKAGES], check=True)
+    found = [str(path) for path in Path().glob("sophia_optax-*.whl")]
+    found += [".."] * Path("../sophia_optax").is_dir() + ["sophia_optax"]
+    packages = [SOURCE or found[0], "flax", "matplotlib"]
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", *packages], check=True)
 
 import sysconfig
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -54,8 +56,8 @@ import sophia_optax.plotting
 # %% [markdown]
 # ## Data
 #
-# The modules at the top of the standard library, as bytes. Every tenth file is held out. (Your
-# Python's version decides what they hold, so your losses will differ a little from those below.)
+# The modules at the top of the standard library, as bytes. Every tenth file is held out. (They
+# differ between versions of Python, so your losses will differ slightly from those below.)
 
 # %%
 VOCABULARY, CONTEXT, BATCH = 128, 48, 16
@@ -137,11 +139,11 @@ model = Transformer(nnx.Rngs(0))
 print(f"{sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))):,} parameters")
 
 # %% [markdown]
-# ## The step
+# ## Write the step
 #
-# For AdamW, the step of any NNX tutorial. Sophia adds three lines: a part of the batch, the model
-# as a function of its params, and the estimator over both. `update` calls the estimator on every
-# tenth step only.
+# AdamW's step is that of any NNX tutorial. Sophia adds three lines: a part of the batch, the model
+# as a function of its params, and the estimator. `update` calls the estimator on every tenth step
+# only.
 
 
 # %%
@@ -190,8 +192,8 @@ def schedule(peak, warmup):
 
 
 # %% [markdown]
-# The rates were picked from a few tried around those that a search found for a model much like this
-# one (`benchmarks/results/lm_tuning.jsonl`): AdamW takes a larger one, Sophia a longer warm-up.
+# The rates are the best of a few around those that a search found for a similar model
+# (`benchmarks/results/lm_tuning.jsonl`). AdamW needs a larger one, Sophia a longer warm-up.
 
 
 # %%
@@ -215,9 +217,9 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
-# After the warm-up, two curves close to each other.
+# After the warm-up the two curves are close to each other.
 #
-# ## A sample
+# ## Sample from it
 
 
 # %%
@@ -239,14 +241,14 @@ def generate(model, prompt, count=160):
 print(generate(models["Sophia-G"], "def "))
 
 # %% [markdown]
-# 250 small batches teach it spaces, underscores and how long words are, not yet the words. For
-# more, train longer.
+# After 250 small batches it has learned spaces, underscores and the length of words, but not the
+# words.
 #
-# ## Gamma
+# ## Sweep gamma
 #
-# A coordinate is clipped where $|m| \ge \gamma h$. So $\gamma$ decides how many take a step of
-# their own, and the **win rate** says how many do. The paper tunes $\gamma$ until it is between 0.1
-# and 0.5:
+# A coordinate is clipped where $|m| \ge \gamma h$. So $\gamma$ controls the **win rate**, which is
+# the share of coordinates that are not clipped. The paper tunes $\gamma$ until the win rate is
+# between 0.1 and 0.5:
 
 # %%
 sweep = {"γ = 0.2": runs["Sophia-G"]}
@@ -255,14 +257,14 @@ for gamma in (0.01, 1.0):
 sophia_optax.plotting.win_rate(sweep)
 
 # %% [markdown]
-# With a small $\gamma$, most coordinates are clipped, and Sophia is close to a sign method. With a
-# large one, few are: the steps, $\eta\, m / (\gamma h)$, shrink, and the clip guards little.
+# With a small $\gamma$ most coordinates are clipped, and Sophia is close to a sign method. With a
+# large one few are: the steps $\eta\, m / (\gamma h)$ shrink, and the clip has little effect.
 #
-# ## Gamma that finds itself
+# ## Let a target choose gamma
 #
-# What is wanted is the win rate; $\gamma$ only serves it, and the right one changes with the batch
-# size and over the run. `win_rate_target(0.5)` in place of a number makes each refresh set
-# $\gamma$, for each parameter its own, so that half of the coordinates are not clipped:
+# The $\gamma$ for a given win rate changes with the batch size and over the run. With
+# `win_rate_target(0.5)` instead of a number, each refresh sets the $\gamma$ of each parameter so
+# that half of its coordinates are not clipped:
 
 # %%
 _, tuned = train("self-tuned", sophia(gamma=sophia_optax.win_rate_target(0.5)))
@@ -272,8 +274,8 @@ sophia_optax.plotting.win_rate({"self-tuned": tuned, "γ = 0.2": runs["Sophia-G"
 sophia_optax.plotting.gamma({"self-tuned": tuned, "γ = 0.2": runs["Sophia-G"]})
 
 # %% [markdown]
-# On the way, $\gamma$ changes by a factor of several: no fixed number would have held the rate. The
-# losses once more:
+# $\gamma$ changes by a factor of several over the run, so no fixed number would keep the win rate.
+# The losses of all runs:
 
 # %%
 everything = {"AdamW": runs["AdamW"], **sweep, "self-tuned": tuned}
@@ -281,10 +283,10 @@ for name, records in everything.items():
     print(f"{name:12} validation loss {records[-1]['validation']:.3f}")
 
 # %% [markdown]
-# Again: one seed, 250 steps, and a learning rate that suits one $\gamma$ and not another. Do not
-# choose an optimizer by this table. [Benchmarks](../docs/benchmarks.md) has tuned comparisons over
-# seeds, with the commands that made them.
+# Do not choose an optimizer by this table: it is one seed, 250 steps, and a learning rate that
+# suits one $\gamma$ and not another. [Benchmarks](../docs/benchmarks.md) has tuned comparisons over
+# seeds.
 #
-# For a trainer to build on, with data pipelines, checkpoints, several devices and hosts, see
-# `python -m examples.lm` in the repository. Next: [the same on many
+# `python -m examples.lm` in the repository is a trainer to build on, with data pipelines,
+# checkpoints, several devices and hosts. Next: [the same on many
 # devices](04_sharded_training.ipynb).

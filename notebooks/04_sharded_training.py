@@ -17,20 +17,27 @@
 # # Sharded training
 #
 # [![Open Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/)
-# (upload this file there; the first cell installs what is missing)
+# In Colab, choose File > Upload notebook. The first cell installs what is missing.
 #
-# A transformer on a mesh of eight devices: where Sophia's state lives, what a refresh of the
-# curvature communicates, and that the numbers are those of one device. The devices are eight parts
-# of a CPU, so that this runs anywhere. On a TPU or on GPUs, leave out the lines that make them.
+# This notebook trains a transformer on a mesh of eight devices. It shows how Sophia's state is
+# sharded, what a refresh of the curvature communicates, and that the numbers are those of one
+# device. The devices are eight parts of a CPU, so it runs anywhere. On a TPU or on GPUs, remove the
+# lines that create them.
 
 # %%
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
-PACKAGE = "sophia_optax"  # or the path of a wheel
+# A git URL ("git+https://...") or the path of a wheel. If empty: a wheel that was uploaded, or the
+# clone that this notebook is in, or the package index.
+SOURCE = ""
 if importlib.util.find_spec("sophia_optax") is None:
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", PACKAGE, "rich"], check=True)
+    found = [str(path) for path in Path().glob("sophia_optax-*.whl")]
+    found += [".."] * Path("../sophia_optax").is_dir() + ["sophia_optax"]
+    packages = [SOURCE or found[0], "rich"]
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", *packages], check=True)
 
 import math
 import re
@@ -43,17 +50,17 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import sophia_optax
 
-jax.config.update("jax_platforms", "cpu")  # leave out these two lines
-jax.config.update("jax_num_cpu_devices", 8)  # where there are devices
+jax.config.update("jax_platforms", "cpu")  # remove these two lines
+jax.config.update("jax_num_cpu_devices", 8)  # on a TPU or on GPUs
 
 # %% [markdown]
-# ## The mesh
+# ## Make the mesh
 #
-# Three axes, as in most trainers:
+# It has three axes, as in most trainers:
 #
 # * `data`: copies of the params, each with its part of the batch;
-# * `fsdp`: the params are cut, and the batch is too;
-# * `tensor`: heads, hidden features and the vocabulary are cut; the batch is not.
+# * `fsdp`: params and batch are both sharded;
+# * `tensor`: heads, hidden features and the vocabulary are sharded; the batch is not.
 
 # %%
 AXES = ("data", "fsdp", "tensor")
@@ -61,7 +68,7 @@ mesh = jax.make_mesh((2, 2, 2), AXES, axis_types=(AxisType.Auto,) * 3)
 print(mesh)
 
 # %% [markdown]
-# ## The params, and where each is cut
+# ## Shard the params
 #
 # The second table has an entry for each axis of each array in the first.
 
@@ -104,7 +111,7 @@ def init_params(key):
 
 
 # %% [markdown]
-# The model is written as for one device; XLA reads from the shardings who computes what.
+# The model is written as for one device. XLA derives from the shardings what each device computes.
 
 
 # %%
@@ -133,11 +140,11 @@ def loss_fn(params, batch):
 
 
 # %% [markdown]
-# ## The step
+# ## Write the step
 #
-# `curvature_batch` takes every fourth sequence: each device keeps some of its own, and nothing
-# moves. `tx.init` under `jit` gives the state, and the params' shardings carry over to it: $m$ and
-# $h$ are made of the params, leaf by leaf.
+# `curvature_batch` selects every fourth sequence: each device keeps some of its own, and no data
+# move. `tx.init` under `jit` makes the state. $m$ and $h$ have the shardings of the params, leaf by
+# leaf.
 
 # %%
 tx = sophia_optax.sophia_g(5e-3, b1=0.9, gamma=0.1, update_interval=5)
@@ -152,7 +159,7 @@ def train_step(params, state, batch, refresh=None):
 
 
 def setup(mesh):
-    """The params and the state, each array born where it belongs, and the compiled step."""
+    """Sharded params, sharded state, and the compiled step."""
     params = jax.jit(init_params, out_shardings=shardings_on(mesh))(jax.random.key(0))
     state = jax.jit(tx.init)(params)
     here = jax.tree.map(lambda x: x.sharding, (params, state))
@@ -168,10 +175,10 @@ def setup(mesh):
 params, state, step = setup(mesh)
 
 # %% [markdown]
-# ## Where m and h live
+# ## See where m and h are
 #
-# `up` of the first layer: its rows are cut over `fsdp`, its columns over `tensor`, and each part
-# has a copy on either side of `data`.
+# `up` of the first layer: its rows are sharded over `fsdp` and its columns over `tensor`. Each part
+# has a copy for each index of `data`.
 
 # %%
 jax.debug.visualize_array_sharding(params["up"][0], scale=0.8)
@@ -192,7 +199,7 @@ for name, param in params.items():
     print(f"{name:10} {param.shape!s:18} {part.shape!s:18} on each device, for m and h as well")
 
 # %% [markdown]
-# ## Training, and the numbers of one device
+# ## Train, and compare with one device
 
 
 # %%
@@ -225,20 +232,20 @@ print(f"win rate: 8 devices {seen.win_rate:.4f}, 1 device {seen_of_one.win_rate:
 np.testing.assert_allclose(losses, losses_of_one, rtol=1e-3)
 
 # %% [markdown]
-# The same to rounding, the curvature included: what is random in an estimate depends on the seed
-# and the step, not on the devices.
+# Both are the same to rounding, the curvature included: the random numbers of an estimate depend on
+# the seed and the step, not on the devices.
 #
-# ## What a refresh communicates
+# ## Count what a refresh communicates
 #
-# XLA's program tells. `refresh=` fixes at compile time whether the step refreshes, so both kinds
-# can be compiled and their collectives counted. In brackets, the numbers that they make.
+# `refresh=` fixes at compile time whether the step refreshes. So both kinds can be compiled, and
+# their collectives counted in XLA's program. The size of their results is in brackets.
 
 # %%
 KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 
 
 def collectives(compiled):
-    """How often each collective stands in a program, and how many numbers these make."""
+    """The count of each collective in a program, and the size of their results."""
     found = {}
     for made, kind in re.findall(rf"= (\S.*?) ({KINDS})(?:-start)?\(", compiled.as_text()):
         arrays = re.findall(r"\w+\[([\d,]*)\]", made)
@@ -260,10 +267,10 @@ programs = [step.lower(params, state, batch, refresh).compile() for refresh in (
 show(*map(collectives, programs))
 
 # %% [markdown]
-# A refresh runs the model forwards and backwards once more, on a quarter of the batch, and nearly
-# all that is new are the collectives of that pass. (One within the scan over the layers stands
-# there once and runs for each layer.) Sophia itself adds next to nothing. To see it, the update
-# alone, with an estimate that is there already:
+# A refresh runs the model forwards and backwards once more, on a quarter of the batch. Nearly all
+# new collectives belong to that pass. (A collective in the scan over the layers counts once and
+# runs for each layer.) Sophia itself adds almost nothing, as the update alone shows, with a given
+# estimate:
 
 
 # %%
@@ -281,11 +288,11 @@ programs = [alone.lower(*arguments, refresh).compile() for refresh in (False, Tr
 show(*map(collectives, programs))
 
 # %% [markdown]
-# A few all-reduces of a handful of numbers: the counts that the win rate is made of, which also
-# tell whether the estimate is finite. Off a refresh the update communicates nothing.
-# (`tests/library/test_sharding.py` holds the library to both, on four layouts.)
+# These are a few all-reduces of a handful of numbers: the counts for the win rate, which also show
+# whether the estimate is finite. Without a refresh the update communicates nothing.
+# (`tests/library/test_sharding.py` tests both, on four layouts.)
 #
-# ## On a TPU pod
+# ## Move to a TPU pod
 #
 # The same program runs on a pod. Three things change, none of them in the step:
 #
@@ -295,10 +302,10 @@ show(*map(collectives, programs))
 #    gcloud compute tpus tpu-vm ssh $NAME --worker=all --command="python train.py"
 #    ```
 #
-# 2. **The first lines.** In place of the two that make CPU devices:
+# 2. **The first lines.** Instead of the two that create CPU devices:
 #
 #    ```python
-#    jax.distributed.initialize()  # a pod knows its hosts
+#    jax.distributed.initialize()  # reads the hosts from the pod
 #    mesh = jax.make_mesh((jax.device_count() // 8, 8, 1), AXES, axis_types=(AxisType.Auto,) * 3)
 #    ```
 #
@@ -306,5 +313,5 @@ show(*map(collectives, programs))
 #    `jax.make_array_from_process_local_data(sharding, rows)` makes one global array of them.
 #
 # `examples/lm` in the repository is such a script, tested with two processes: `python -m
-# examples.lm train --hosts.auto --mesh.fsdp 8`. What it would cost on a pod is found ahead of time
-# and without a TPU by `python -m examples.lm plan`.
+# examples.lm train --hosts.auto --mesh.fsdp 8`. `python -m examples.lm plan` computes its cost on a
+# pod ahead of time, without a TPU.

@@ -16,29 +16,33 @@
 # # Beyond language
 #
 # [![Open Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/)
-# (upload this file there; the first cell installs what is missing)
+# In Colab, choose File > Upload notebook. The first cell installs what is missing.
 #
-# Sophia was made for language models. What it asks of a model is an answer to one question: *what
-# are the outputs, and which likelihood is the loss of them?* Here are three answers, on images of
-# digits: a classifier with smoothed labels, a regression with a given noise, and a contrastive
+# Sophia was designed for language models. To use it for another model, answer one question: *what
+# are the outputs, and for which likelihood is the loss?* This notebook has three answers, on images
+# of digits: a classifier with smoothed labels, a regression with a given noise, and a contrastive
 # model of images and captions, whose loss couples the whole batch.
 #
-# The runs on this page are short and of one seed, to show how things are done. Whether it pays is
-# in the tables at the end, from `examples/vision.py` and `examples/contrastive.py`: every optimizer
-# tuned with as many tries, five seeds.
+# The runs on this page are short and of one seed; they show how to do it. The tables at the end
+# compare optimizers, all tuned with the same number of tries, on five seeds.
 
 # %%
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
-PACKAGES = ["sophia_optax", "flax", "matplotlib", "scikit-learn"]  # or the path of a wheel
-if importlib.util.find_spec("sophia_optax") is None or importlib.util.find_spec("sklearn") is None:
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", *PACKAGES], check=True)
+# A git URL ("git+https://...") or the path of a wheel. If empty: a wheel that was uploaded, or the
+# clone that this notebook is in, or the package index.
+SOURCE = ""
+if importlib.util.find_spec("sophia_optax") is None:
+    found = [str(path) for path in Path().glob("sophia_optax-*.whl")]
+    found += [".."] * Path("../sophia_optax").is_dir() + ["sophia_optax"]
+    packages = [SOURCE or found[0], "flax", "matplotlib", "scikit-learn"]
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", *packages], check=True)
 
 import functools
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -66,8 +70,8 @@ for axis, image, label in zip(axes, images, labels, strict=False):
 plt.show()
 
 # %% [markdown]
-# One network for all of it, and one loop. The loss and the curvature are arguments: `curvature`
-# returns what an estimator of Sophia's makes of the model and the batch.
+# One network and one loop serve all three. The loss and the curvature are arguments: `curvature`
+# returns an estimator over the model and the batch.
 
 
 # %%
@@ -127,12 +131,12 @@ for name, derivative in {"gradient": jax.grad, "Hessian": jax.hessian}.items():
     print(f"{name}: largest difference that smoothing makes {jnp.abs(plain - smooth).max():.2g}")
 
 # %% [markdown]
-# So the Gauss-Newton matrix is what it was, and `categorical`, the default, is right as it is: it
-# draws labels from $p$ and pulls $p - \mathrm{onehot}(\hat y)$ back. It is never told of $\alpha$.
+# So the Gauss-Newton matrix does not change, and `categorical`, the default, stays right: it draws
+# labels from $p$ and pulls $p - \mathrm{onehot}(\hat y)$ back. It does not need $\alpha$.
 #
-# By hand one would reuse the loss and hand it the drawn labels. With smoothing in it, that
-# residual has a mean, $\alpha (p - 1/V)$, and $B \hat g \odot \hat g$ counts the mean's square as
-# curvature, $B$ times. The trained model below shows by how much.
+# An estimator written by hand would pass the drawn labels to the smoothed loss. That residual has a
+# mean, $\alpha (p - 1/V)$, and $B \hat g \odot \hat g$ counts the square of the mean as curvature,
+# $B$ times. The trained model below shows by how much.
 
 
 # %%
@@ -250,9 +254,9 @@ figure.suptitle("held-out digits; below, their lower halves as predicted", fonts
 plt.show()
 
 # %% [markdown]
-# The error is no worse without the $\sigma$ here: $\gamma$ is not tuned for either, and too little
-# curvature only means more clipping. But a $\gamma$ from the docs, or from another $\sigma$, would
-# no longer be where one thinks.
+# The error is not larger without the $\sigma$ here: $\gamma$ is not tuned for either, and too small
+# a curvature only means more clipping. But a $\gamma$ from the docs, or from another $\sigma$,
+# would have another effect.
 
 # %% [markdown]
 # ## Images and captions
@@ -340,11 +344,11 @@ figure.colorbar(shown, ax=right)
 plt.show()
 
 # %% [markdown]
-# ### Is that the Gauss-Newton matrix?
+# ### Check that it is the Gauss-Newton matrix
 #
 # Rows and columns share their logits. They draw labels independently, so the cross terms vanish in
-# expectation. Held against $J^\top (\nabla^2_z L) J$, with the Hessian of the whole loss in all of
-# $z$ at once, for towers that are linear:
+# expectation. The comparison is with $J^\top (\nabla^2_z L) J$, with the Hessian of the whole loss
+# in all of $z$, for linear towers:
 
 # %%
 PAIRS = 16
@@ -386,7 +390,7 @@ ratio, error = totals.mean() / exact.sum(), totals.std() / 10000**0.5 / exact.su
 print(f"sum of the means over the exact sum: {ratio:.3f}, standard error {error:.3f}")
 
 # %% [markdown]
-# ### Why the whole batch
+# ### Use the whole batch
 #
 # For a language model or a classifier, a part of the batch gives a noisier estimate of the same
 # thing; that is what `curvature_batch` is for. Here a part is *another loss*: among $n$ pairs there
@@ -436,20 +440,20 @@ axis.legend()
 plt.show()
 
 # %% [markdown]
-# What can be cut down is the predictions: `weights` of one for some rows and columns and zero for
-# the rest, with all candidates left in place, is unbiased. But all pairs go through the towers for
-# that, so little is saved. `weights` are for padding: a pair that is none gets weight zero *and*
-# $-\infty$ as a candidate for all others. `examples/contrastive.py` does both, and
-# `tests/trainer/test_vision.py` holds it against exact matrices.
+# Using fewer predictions is unbiased: `weights` of one for some rows and columns and zero for the
+# rest, with all candidates kept. But all pairs go through the towers for that, so it saves little.
+# `weights` are for padding: a padded pair gets weight zero *and* $-\infty$ as a candidate for all
+# others. `examples/contrastive.py` does both, and
+# `tests/trainer/test_vision.py` compares it with exact matrices.
 
 # %% [markdown]
-# ## Does it pay?
+# ## Compare the optimizers
 #
-# `python -m examples.vision` and `python -m examples.contrastive` train a two-block vision
-# transformer on the three tasks. Each optimizer has three hyperparameters tuned, its momentum among
-# them, with as many tries as the others, on images and seeds that are not reported; while the best
-# point of one is at an edge of what was tried, all get more tries. Below are five other seeds on
-# the test images: mean and standard deviation.
+# [Benchmarks](../docs/benchmarks.md#images) has a two-block vision transformer on the three tasks.
+# Three hyperparameters of each optimizer were tuned, the momentum included, with the same number of
+# tries, on images and seeds that are not reported. If the best point of one is at an edge of the
+# search, all get more tries. Below are five other seeds on the test images: mean and standard
+# deviation.
 
 # %%
 RESULTS = Path("../benchmarks/results")
@@ -484,20 +488,19 @@ if tables:
 # %% [markdown]
 # **Muon wins on classes and pixels**, by more than any spread. On both, the means of all Sophias
 # are behind AdamW's: Sophia-G by less than the spread over seeds, the others by up to two of them.
-# On captions the five cannot be told apart. Nothing here is a reason to prefer Sophia to AdamW for
-# models like these. What this page shows is how it takes such losses, the contrastive one among
-# them, with the right curvature. A model this small and runs of 200 steps say little of large ones.
+# On captions the optimizers do not differ by more than their seeds. So nothing here is a reason to
+# prefer Sophia to AdamW for models like these. This notebook shows how to give Sophia the right
+# curvature for such losses. A model this small and runs of 200 steps say little about large ones.
 #
-# This is the second search. In the first, with 14 to 18 tries from another start, Sophia's momentum
-# stayed at 0.9. That was changed after its test losses were seen, as AdamW, whose momentum was
-# tuned, had chosen less. Sophia-G had test losses of 0.676, 0.575 and 0.265 then on the three
-# tasks, AdamW 0.645, 0.564 and 0.182 (the files in `benchmarks/results` at commit ff78ce8).
+# This is the second search. In the first one Sophia's momentum was not tuned. That was changed
+# after its test losses had been seen, because AdamW, whose momentum was tuned, had chosen a smaller
+# one.
 #
-# ### Is a win rate easier to tune?
+# ### Compare tuning a win rate with tuning gamma
 #
-# One answer: leave the second hyperparameter where the search began ($\gamma$ at Sophia-G's
-# default of 0.05, the win rate at 0.3) and tune the rest. How much higher than after the full
-# search is the tuning loss then?
+# Leave the second hyperparameter where the search began ($\gamma$ at Sophia-G's default of 0.05,
+# the win rate at 0.3) and tune the rest. How much higher is the tuning loss than after the full
+# search?
 
 # %%
 for task, rows in tables.items():
@@ -508,10 +511,9 @@ for task, rows in tables.items():
         print(f"{task:9} {name:16} {tuning['loss']:.4f}; at {second} {start}: {excess:+.1f} %")
 
 # %% [markdown]
-# It is not easier here. At 0.3 one loses 2 to 12 percent on these tasks, at $\gamma$'s default 0 to
-# 31 percent, and after the full search neither is better throughout. The win rates that the search
-# chose, 0.43 to 0.92, are higher. That was with one $\gamma$ for all params; the default is now one
-# for each parameter, and a rate of 0.5, [for reasons](../docs/benchmarks.md) that are not these.
+# The win rate is not easier to tune here: neither is better throughout. The win rates that the
+# search chose are higher than 0.3. One $\gamma$ served all params in these runs. The default is now
+# one per parameter and a rate of 0.5, because of [other
+# runs](../docs/benchmarks.md#a-target-for-the-win-rate).
 #
-# Each of these claims about curvature is a test in `tests/trainer/test_vision.py`; the scripts are
-# `examples/vision.py` and `examples/contrastive.py`.
+# `tests/trainer/test_vision.py` tests each of these claims about curvature.

@@ -1,13 +1,14 @@
-"""Runs each notebook in a kernel of its own, and stops at the first error or warning.
+"""Runs each notebook in its own kernel, and stops at the first error or warning.
 
-    python -m notebooks.execute              what CI runs; nothing is written
+    python -m notebooks.execute              runs the saved notebooks and writes nothing
     python -m notebooks.execute --write      makes each .ipynb anew from its .py
-    python -m notebooks.execute --only 01    those whose names begin so
+    python -m notebooks.execute --only 01    only those whose names begin with 01
 
 It needs the extra `notebooks`.
 """
 
 import argparse
+import base64
 import copy
 import os
 import sys
@@ -21,7 +22,10 @@ import nbformat
 FOLDER = Path(__file__).parent
 SECONDS = 600  # for one cell; a notebook takes well under a minute on two idle cores
 
-# Warnings are errors, but for those of the machinery that runs the cells.
+# The first figure of this notebook is on the first page of the site.
+PICTURE = ("01_sophia_from_scratch", FOLDER.parent / "docs/images/landscape.png")
+
+# Warnings are errors, except those of the programs that run the cells.
 SETUP = """
 import warnings
 
@@ -61,7 +65,7 @@ def run(notebook: nbformat.NotebookNode) -> None:
 
 
 def fresh(source: Path) -> nbformat.NotebookNode:
-    """The notebook that a .py stands for, with cell ids that do not change from one to the next."""
+    """The notebook of a .py, with stable cell ids."""
     notebook = jupytext.read(source)
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number:02d}"
@@ -69,7 +73,7 @@ def fresh(source: Path) -> nbformat.NotebookNode:
 
 
 def write(notebook: nbformat.NotebookNode, path: Path) -> None:
-    """Saves it without what differs between machines, numbered as a reader's own run would be."""
+    """Saves it without what differs between machines, with cells numbered from one."""
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     for number, cell in enumerate(cells, start=1):
         cell.execution_count = number
@@ -80,6 +84,10 @@ def write(notebook: nbformat.NotebookNode, path: Path) -> None:
     notebook.metadata.jupytext.pop("text_representation", None)  # of the .py alone
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     nbformat.write(notebook, path)
+    if path.stem == PICTURE[0]:
+        outputs = (output for cell in cells for output in cell.outputs)
+        figures = (output.data["image/png"] for output in outputs if "data" in output)
+        PICTURE[1].write_bytes(base64.b64decode(next(figures)))
 
 
 def main() -> int:

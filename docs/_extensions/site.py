@@ -22,6 +22,9 @@ ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 PLOTS = sorted((ROOT / "benchmarks/results").glob("*.png"))
 
+# The notebooks' badge is an image of another site, and this one loads none.
+BADGE = re.compile(r"^\[!\[.*?\]\(.*?\)\]\(.*?\)$", re.MULTILINE)
+
 # A file of the repository, as a link from any page, and its place on the site.
 MOVED = (
     (re.compile(r"\]\((?:\.\./)+benchmarks/results/(\w+\.png)\)"), "results/{}"),
@@ -92,7 +95,9 @@ def page_of(notebook: dict[str, Any], name: str) -> tuple[str, dict[str, bytes]]
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            parts.append(source)
+            parts.append(
+                BADGE.sub(f"[Download this notebook]({name}.ipynb).", source)
+            )
             continue
         parts.append(f"```python\n{source}\n```")
         for output in cell["outputs"]:

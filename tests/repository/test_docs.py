@@ -1,4 +1,4 @@
-"""The documentation keeps its word: its code runs, and every public name has its place in it."""
+"""The documentation is right: its code runs, and the reference has every public name."""
 
 import ast
 import base64

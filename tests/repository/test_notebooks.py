@@ -1,7 +1,10 @@
-"""The notebooks as committed: whole, without errors, the same as the sources beside them."""
+"""The notebooks as committed: executed, without errors, with the cells of their sources."""
 
+import importlib.util
 import json
 import re
+import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "notebooks"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NOTEBOOKS = sorted(path.with_suffix(".ipynb") for path in FOLDER.glob("[0-9]*.py"))
 
 pytestmark = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -69,6 +73,44 @@ def test_the_figures_are_there(path: Path) -> None:
 def test_no_output_names_a_place_on_the_machine_that_made_it(path: Path) -> None:
     assert not re.search(r"(/home/|/root/|/tmp/|/Users/|site-packages|C:\\)", printed(path))
     assert str(ROOT) not in printed(path)
+
+
+@pytest.mark.parametrize(
+    "source, files, wanted",
+    [
+        ("", [], "sophia_optax"),
+        ("", ["sophia_optax-0.1.0-py3-none-any.whl"], "sophia_optax-0.1.0-py3-none-any.whl"),
+        ("git+https://example.org/sophia_optax", [], "git+https://example.org/sophia_optax"),
+    ],
+)
+def test_the_first_cell_installs_what_is_there(
+    path: Path, source: str, files: list[str], wanted: str, tmp_path: Path, monkeypatch
+) -> None:
+    cell = "".join(code_cells(path)[0]["source"])
+    install = cell[: cell.index("check=True)")] + "check=True)"
+    commands: list[list[str]] = []
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append(command))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    for name in files:
+        (tmp_path / "work" / name).touch()
+    exec(install.replace('SOURCE = ""', f"SOURCE = {source!r}"), {})
+    (command,) = commands
+    assert command[5] == wanted
+
+
+def test_the_badge_opens_the_notebook_where_the_repository_is_public(path: Path) -> None:
+    title = "".join(read(path)["cells"][0]["source"])
+    (target,) = re.findall(r"badge\.svg\)\]\((.*?)\)", title)
+    repository = PROJECT["urls"].get("Repository")
+    if repository is None:
+        assert target == "https://colab.research.google.com/"
+        assert "Upload notebook" in title
+    else:
+        name = repository.removeprefix("https://github.com/")
+        opened = f"github/{name}/blob/main/notebooks/{path.name}"
+        assert target == f"https://colab.research.google.com/{opened}"
 
 
 def test_links_to_other_files_lead_somewhere(path: Path) -> None:

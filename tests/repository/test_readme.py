@@ -1,4 +1,4 @@
-"""The README keeps its word: its code runs, its defaults are those of the code, its tests exist."""
+"""The README is right: its code runs, its defaults are those of the code, its tests exist."""
 
 import ast
 import inspect
@@ -26,6 +26,10 @@ def names_of_tests() -> set[str]:
         for node in ast.parse(path.read_text()).body
         if isinstance(node, ast.FunctionDef)
     }
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) < 120
 
 
 def test_python_blocks_run_one_after_another() -> None:
