@@ -373,9 +373,9 @@ def targets() -> str:
         best = cell["best gamma"]
         ratios = (f"{cell[kind]['over_best']:.3f}" for kind in kinds)
         name = f"{cell['width']}, {cell['batch']}"
-        rows.append([name, f"{best['gamma']:.3g}", losses(best["losses"]), *ratios])
+        rows.append([name, f"{best['gamma']:.3g}", f"{mean(best['losses']):.3f}", *ratios])
     names = [kind.removeprefix("target ") for kind in kinds]
-    return markdown(["width, sequences", "best γ", "its losses", *names], rows)
+    return markdown(["width, sequences", "best γ", "its loss", *names], rows)
 
 
 # --- Images ---------------------------------------------------------------------------------------

@@ -124,7 +124,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
         ("import no_such", "", None),
     ],
 )
-def test_a_page_that_does_not_keep_its_word_is_found(
+def test_a_page_with_wrong_output_or_broken_code_is_found(
     tmp_path: Path, code: str, text: str, fault: type[Exception] | None
 ) -> None:
     page = tmp_path / "page.md"
