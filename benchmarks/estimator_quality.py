@@ -39,11 +39,12 @@ import optax
 import tyro
 from jax.flatten_util import ravel_pytree
 
-import sophia_optax
-from benchmarks.provenance import RESULTS, provenance
-from benchmarks.runner import Runner, Setting
-from examples.lm import data
+from benchmarks.lib.provenance import RESULTS, provenance
+from benchmarks.lib.sweep import Workload
+from examples.lm import data, mesh
 from examples.lm.config import MODELS
+from examples.lm.optimizers import Forward, gauss_newton, hutchinson
+from examples.lm.train import Trainer
 
 Row = dict[str, Any]
 
@@ -98,30 +99,23 @@ QUICK = {
 # --- the estimators -------------------------------------------------------------------------------
 
 
-def hutchinson(runner: Runner, params: Any, batch: jax.Array, probes: int, **options: Any) -> Any:
+def all_at_once(
+    forward: Forward, params: Any, batch: jax.Array, probes: int, **options: Any
+) -> Any:
     """Sophia-H's, all probes at once."""
-    return sophia_optax.hutchinson(
-        lambda p: runner.loss_fn(p, batch),
-        params,
-        num_probes=probes,
-        probe_chunk=probes,
-        **options,
-    )
+    return hutchinson(forward, params, batch, num_probes=probes, probe_chunk=probes, **options)
 
 
-def gauss_newton(runner: Runner, params: Any, batch: jax.Array, probes: int, **options: Any) -> Any:
+def sampled(forward: Forward, params: Any, batch: Any, probes: int, **options: Any) -> Any:
     """Sophia-G's."""
-    inputs = batch[:, :-1]
-    return sophia_optax.gauss_newton_bartlett(
-        lambda p: runner.logits(p, inputs), params, num_samples=probes, **options
-    )
+    return gauss_newton(forward, params, batch, num_samples=probes, **options)
 
 
 ESTIMATORS: dict[str, Callable[..., Any]] = {
-    "Hutchinson, signs": functools.partial(hutchinson, distribution="rademacher"),
-    "Hutchinson, normal": functools.partial(hutchinson, distribution="gaussian"),
-    "GNB, labels": functools.partial(gauss_newton, sampling="labels"),
-    "GNB, curvature propagation": functools.partial(gauss_newton, sampling="curvature_propagation"),
+    "Hutchinson, signs": functools.partial(all_at_once, distribution="rademacher"),
+    "Hutchinson, normal": functools.partial(all_at_once, distribution="gaussian"),
+    "GNB, labels": functools.partial(sampled, sampling="labels"),
+    "GNB, curvature propagation": functools.partial(sampled, sampling="curvature_propagation"),
 }
 TARGETS = {
     name: "hessian" if name.startswith("Hutchinson") else "gauss_newton" for name in ESTIMATORS
@@ -370,7 +364,7 @@ def flops(function: Callable[..., Any], *arguments: Any) -> float:
 
 
 def costs(
-    config: QualityConfig, runner: Runner, params: Any, name: str
+    config: QualityConfig, trainer: Trainer, params: Any, name: str
 ) -> dict[tuple[int, int], float]:
     """What an estimate costs, in gradients on the whole batch, by share and probes.
 
@@ -382,10 +376,10 @@ def costs(
         return jax.ShapeDtypeStruct((config.batch_size // share, config.context + 1), jnp.int32)
 
     def estimate(probes: int, share: int) -> float:
-        make = functools.partial(ESTIMATORS[name], runner, probes=probes)
+        make = functools.partial(ESTIMATORS[name], trainer.forward, probes=probes)
         return flops(lambda p, b: make(p, b)(jax.random.key(0)), params, batch(share))
 
-    forward = flops(lambda p, b: runner.logits(p, b[:, :-1]), params, batch(1))
+    forward = flops(lambda p, b: trainer.logits(p, b[:, :-1]), params, batch(1))
     found = {(share, 1): estimate(1, share) for share in config.shares}
     for probes in config.probes[1:]:
         found[1, probes] = (
@@ -393,7 +387,7 @@ def costs(
             if TARGETS[name] == "gauss_newton"
             else estimate(probes, 1)
         )
-    gradient = flops(jax.grad(runner.loss_fn), params, batch(1))
+    gradient = flops(jax.grad(trainer.loss), params, batch(1))
     return {key: value / gradient for key, value in found.items()}
 
 
@@ -418,28 +412,26 @@ class Trained(NamedTuple):
     path: list[tuple[np.ndarray, np.ndarray]]
 
 
-def train(config: QualityConfig, runner: Runner, corpus: data.Corpus) -> Trained:
+def train(config: QualityConfig, trainer: Trainer, corpus: data.Corpus) -> Trained:
     """Trains with Sophia-G."""
-    steps = INTERVAL * max(config.refreshes)
-    state = runner.init(config.seed)
+    steps = trainer.run.config.steps
+    state = trainer.init()
     batches = data.batches(corpus.train, config.context, config.batch_size, config.seed)
-    traced = runner.traced(steps)
     losses, path = [], []
     for number in range(steps):
         batch = next(batches)
-        refresh = number % INTERVAL == 0
-        if refresh:
-            path.append((np.array(ravel_pytree(state[0])[0]), batch))
-        state, metrics = runner.step(state, batch, traced, refresh=refresh)
+        if trainer.refreshes_at(number):
+            path.append((np.array(ravel_pytree(state.params)[0]), batch))
+        state, metrics = trainer.step(state, mesh.global_batch(batch, trainer.run.mesh), number)
         losses.append(metrics["loss"])
-    momentum = np.asarray(ravel_pytree(optax.tree.get(state[1], "mu"))[0])
+    momentum = np.asarray(ravel_pytree(optax.tree.get(state.opt_state, "mu"))[0])
     loss = float(np.mean(jax.device_get(losses[-steps // 10 :])))
-    return Trained(state[0], momentum, batches, loss, path)
+    return Trained(state.params, momentum, batches, loss, path)
 
 
 def measure(
     config: QualityConfig,
-    runner: Runner,
+    trainer: Trainer,
     trained: Trained,
     exact: Exact,
     reference: np.ndarray,
@@ -452,14 +444,14 @@ def measure(
     has it, on half of a batch: of the next batches at the last params, and of the run's own batches
     at the params that it had then.
     """
-    target, cost = TARGETS[name], costs(config, runner, trained.params, name)
+    target, cost = TARGETS[name], costs(config, trainer, trained.params, name)
     vector, rebuild = ravel_pytree(trained.params)
     longest, chains = max(config.refreshes), config.chains
     key = jax.random.key(config.seed + list(ESTIMATORS).index(name))
     keys = jax.random.split(key, (chains, longest))
-    one = functools.partial(ESTIMATORS[name], runner, probes=1)
+    one = functools.partial(ESTIMATORS[name], trainer.forward, probes=1)
     sizes = {config.batch_size // share for share in config.shares}
-    samplers = {n: sampler(one, rebuild, n) for n in sizes | {runner.setting.curvature_batch}}
+    samplers = {n: sampler(one, rebuild, n) for n in sizes | {trainer.run.curvature_batch}}
 
     def row(estimates: np.ndarray, target: str, **fields: Any) -> Row:
         shape = {"estimator": name, "target": target, **fields, "averages": len(estimates)}
@@ -483,7 +475,7 @@ def measure(
                 yield row(held, target, **fields)
                 if target == "gauss_newton" and share == probes == 1:
                     yield row(held, "hessian", **fields)
-    half = runner.setting.curvature_batch
+    half = trainer.run.curvature_batch
     fields = {"share": config.batch_size // half, "probes": 1, "refreshes": longest}
     ahead = np.stack([next(trained.batches) for _ in range(longest)])
     there, behind = (np.stack(x) for x in zip(*trained.path, strict=True))
@@ -560,14 +552,16 @@ def main(config: QualityConfig) -> None:
     model = replace(
         MODELS["tiny"], layers=config.layers, width=config.width, context=config.context
     )
-    setting = Setting(model, config.batch_size, config.batch_size // 2, INTERVAL)
-    runner, corpus = Runner("sophia_g", setting), data.load("stdlib")
+    run = Workload(model, config.batch_size, config.batch_size // 2, INTERVAL).run("sophia_g")
+    steps = INTERVAL * max(config.refreshes)
+    run = replace(run, config=replace(run.config, steps=steps, seed=config.seed))
+    trainer, corpus = Trainer(run, unroll=True), data.load("stdlib")
     print("training", flush=True)
-    trained = train(config, runner, corpus)
+    trained = train(config, trainer, corpus)
     reference = next(trained.batches)
     print("exact diagonals", flush=True)
     inputs, labels = jnp.asarray(reference[:, :-1]), jnp.asarray(reference[:, 1:])
-    diagonals = exact_diagonals(lambda p: runner.logits(p, inputs), labels, trained.params)
+    diagonals = exact_diagonals(lambda p: trainer.logits(p, inputs), labels, trained.params)
     exact = Exact(
         diagonals,
         trained.momentum,
@@ -578,7 +572,7 @@ def main(config: QualityConfig) -> None:
     rows = [
         row
         for name in ESTIMATORS
-        for row in measure(config, runner, trained, exact, reference, name)
+        for row in measure(config, trainer, trained, exact, reference, name)
     ]
     folder = Path("runs") if config.quick else RESULTS
     folder.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.provenance import RESULTS, provenance
+from benchmarks.lib.provenance import RESULTS, provenance
 from examples.lm import data
 
 NOT_DONE = 3

@@ -18,7 +18,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from benchmarks.provenance import RESULTS, provenance
+from benchmarks.lib.provenance import RESULTS, provenance
 
 SEEDS = (0, 1, 2)
 QUICK_STEPS = 20

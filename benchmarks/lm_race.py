@@ -2,47 +2,46 @@
 
     python -m benchmarks.lm_race [--quick] [--regimes small large] [--tables-only]
 
-Every entrant is tuned with the same number of tries (`entrants.py`) on the `tune` split and a seed
-of its own. Then its best point is run at several budgets, each with its own full decay of the
-learning rate, on other seeds, and judged on the `validation` split. Runs are appended to
-`results/lm_race.jsonl` as they end, and what is there is not run again, so that the race can be
-stopped and continued; `results/lm_race.json` holds the tables and `lm_race.png` the plot. A step's
-seconds are measured for the tables, all entrants in turn, so let nothing else run then.
+Every entrant (`entrants.py`) is tuned with the same number of tries (`examples/lm/tune.py`), on the
+`tune` split and a seed of its own. Then its best point is run at several budgets, each with its own
+full decay of the learning rate, on other seeds, and judged on the `validation` split. Runs are
+appended to `results/lm_race.jsonl` as they end, and what is there is not run again, so that the
+race can be stopped and continued; `results/lm_race.json` holds the tables and `lm_race.png` the
+plot. A step's seconds are measured for the tables, all entrants in turn, so let nothing else run
+then.
 """
 
 import dataclasses
-import functools
 import itertools
 import json
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import tyro
 
 from benchmarks import race_table
-from benchmarks.entrants import ENTRANTS, LADDERS, search
-from benchmarks.journal import Journal, Runs
-from benchmarks.provenance import RESULTS, provenance
-from benchmarks.runner import Runner, Setting
-from examples.lm import data
+from benchmarks.entrants import ENTRANTS
+from benchmarks.lib.journal import Journal
+from benchmarks.lib.provenance import RESULTS, provenance
+from benchmarks.lib.sweep import Runs, Workload, step_timer
+from examples.lm import data, plan
+from examples.lm.tune import LADDERS, search
 
 
 @dataclass(frozen=True)
 class Regime:
-    """A setting, its tuning budget and the budgets that are raced.
+    """A workload, its tuning budget and the budgets that are raced.
 
     Attributes:
-      setting: model and batches.
+      workload: model and batches.
       steps: of a tuning run.
       budgets: steps of the raced runs, each with a full decay.
       tries: points that each entrant may try.
       seeds: of the raced runs; tuning uses another.
     """
 
-    setting: Setting
+    workload: Workload
     steps: int
     budgets: tuple[int, ...]
     tries: int = 16
@@ -50,10 +49,10 @@ class Regime:
 
 
 REGIMES = {
-    "small": Regime(Setting(batch_size=8, curvature_batch=4), 500, (250, 500, 1000)),
-    "large": Regime(Setting(batch_size=64, curvature_batch=8), 125, (63, 125, 250), tries=12),
+    "small": Regime(Workload(batch_size=8, curvature_batch=4), 500, (250, 500, 1000)),
+    "large": Regime(Workload(batch_size=64, curvature_batch=8), 125, (63, 125, 250), tries=12),
 }
-QUICK = Regime(Setting(batch_size=2, curvature_batch=1), 10, (5, 10), tries=2, seeds=(0,))
+QUICK = Regime(Workload(batch_size=2, curvature_batch=1), 10, (5, 10), tries=2, seeds=(0,))
 TUNING_SEED = 1000
 
 
@@ -82,16 +81,10 @@ def enter(
     config: RaceConfig, journal: Journal, corpus: data.Corpus, regime: str, name: str
 ) -> None:
     """Tunes one entrant and runs its best point at every budget and seed."""
-    entrant, setup = ENTRANTS[name], QUICK if config.quick else REGIMES[regime]
-    runs = Runs(
-        journal,
-        corpus,
-        lambda: Runner(entrant.row, setup.setting),
-        regime=regime,
-        entrant=name,
-    )
+    row, setup = ENTRANTS[name], QUICK if config.quick else REGIMES[regime]
+    runs = Runs(journal, corpus, setup.workload.run(row), regime=regime, entrant=name)
     found = search(
-        entrant,
+        row.grid,
         setup.tries,
         lambda point: runs(point, setup.steps, TUNING_SEED, "tune")["loss"],
     )
@@ -105,27 +98,13 @@ def enter(
 
 def average_flops(regime: str, name: str) -> float:
     """XLA's count for an average step of an entrant."""
-    setting, entrant = REGIMES[regime].setting, ENTRANTS[name]
-    anything = {hyperparameter: values[0] for hyperparameter, values in entrant.grid.items()}
-    count = Runner(entrant.row, setting).flops(**anything)
-    if not entrant.row.whole_batch:
-        return count
-    # This one branches on the device, and XLA counts a branch as if it were always taken.
-    plain = average_flops(regime, "adamw")
-    return plain + (count - plain) / setting.update_interval
+    return plan.step_flops(REGIMES[regime].workload.run(ENTRANTS[name]))["flops_average"]
 
 
 def seconds_over_adamw(regime: str, names: list[str], rounds: int = 5) -> dict[str, float]:
     """Medians of an average step's seconds over AdamW's in the same round, refreshes included."""
-    setting = REGIMES[regime].setting
-    tokens = np.zeros((setting.batch_size, setting.model.context + 1), np.int32)
-    steps: dict[str, Callable[[], float]] = {}
-    for name in names:
-        runner = Runner(ENTRANTS[name].row, setting)
-        values = {hyper: grid[0] for hyper, grid in ENTRANTS[name].grid.items()}
-        steps[name] = functools.partial(
-            runner.seconds, [runner.init(0)], tokens, runner.traced(100, **values)
-        )
+    workload = REGIMES[regime].workload
+    steps = {name: step_timer(workload.run(ENTRANTS[name])) for name in names}
     for step in steps.values():
         step()  # compiles
     ratios: dict[str, list[float]] = {name: [] for name in names}
@@ -154,7 +133,7 @@ def race(config: RaceConfig) -> None:
     journal = Journal(None if config.quick else config.runs)
     if not config.tables_only:
         corpus = data.load("stdlib")
-        for regime in config.regimes:
+        for regime in config.regimes[: 1 if config.quick else None]:
             for name in config.entrants:
                 enter(config, journal, corpus, regime, name)
     if config.quick or config.tune_only:
@@ -172,11 +151,10 @@ def race(config: RaceConfig) -> None:
     chosen = [row for row in journal.rows if (row["key"]["regime"], row["key"]["entrant"]) in done]
     summary = race_table.summarize(chosen, flops, seconds)
     settings = {name: dataclasses.asdict(REGIMES[name]) for name in summary}
-    ladders = {name: entrant.grid for name, entrant in ENTRANTS.items()}
     result = {
         **origin,
         "regimes": settings,
-        "grids": ladders,
+        "grids": {name: row.grid for name, row in ENTRANTS.items()},
         "ladders": LADDERS,
         "results": summary,
     }

@@ -25,7 +25,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks.provenance import RESULTS, commit, provenance
+from benchmarks.lib.provenance import RESULTS, commit, provenance
 
 OPTIMIZERS = ("adamw", "sophia_g", "sophia_h")
 TOPOLOGIES = {4: "v5e:2x2", 16: "v5e:4x4", 64: "v5e:8x8", 256: "v5e:16x16"}
@@ -33,7 +33,7 @@ GB, TERA = 1e9, 1e12
 
 
 @dataclass(frozen=True)
-class Setting:
+class Plan:
     """One plan: the flags of `python -m examples.lm plan`.
 
     Attributes:
@@ -61,37 +61,37 @@ class Setting:
         return flags
 
 
-def whole(optimizer: str) -> Setting:
+def whole(optimizer: str) -> Plan:
     """A step without microbatches: what optax.contrib.sophia differentiates, it does so at once."""
-    return Setting(optimizer, batch_per_chip=4, accumulate=1, curvature_share=4)
+    return Plan(optimizer, batch_per_chip=4, accumulate=1, curvature_share=4)
 
 
-SETTINGS = (
-    *(Setting(name) for name in (*OPTIMIZERS, "contrib_sophia")),
+PLANS = (
+    *(Plan(name) for name in (*OPTIMIZERS, "contrib_sophia")),
     *(whole(name) for name in ("adamw", "contrib_sophia")),
-    *(Setting(name, TOPOLOGIES[n]) for n in (256, 4, 64) for name in ("adamw", "sophia_g")),
-    Setting("sophia_g", TOPOLOGIES[256], model="gpt2-1.5b"),
-    *(Setting("sophia_h", TOPOLOGIES[n]) for n in (256, 4, 64)),
+    *(Plan(name, TOPOLOGIES[n]) for n in (256, 4, 64) for name in ("adamw", "sophia_g")),
+    Plan("sophia_g", TOPOLOGIES[256], model="gpt2-1.5b"),
+    *(Plan("sophia_h", TOPOLOGIES[n]) for n in (256, 4, 64)),
 )
 
 
-def planned(setting: Setting) -> dict[str, Any]:
+def planned(plan: Plan) -> dict[str, Any]:
     """One plan's numbers, how long it took and at which commit."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "plan.json"
-        command = [sys.executable, "-m", "examples.lm", "plan", *setting.flags, "--json", str(path)]
+        command = [sys.executable, "-m", "examples.lm", "plan", *plan.flags, "--json", str(path)]
         done = subprocess.run(command, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=False)
         if done.returncode not in (0, 2):  # 2: it does not fit, by the numbers that are there
             done.check_returncode()
-        row = json.loads(path.read_text())[setting.optimizer]
+        row = json.loads(path.read_text())[plan.optimizer]
     seconds = round(time.perf_counter() - start, 1)
-    return {**dataclasses.asdict(setting), **row, "seconds": seconds, "commit": commit()}
+    return {**dataclasses.asdict(plan), **row, "seconds": seconds, "commit": commit()}
 
 
-def find(rows: list[dict[str, Any]], setting: Setting) -> dict[str, Any] | None:
-    """The row of a setting, if it is there."""
-    wanted = dataclasses.asdict(setting)
+def find(rows: list[dict[str, Any]], plan: Plan) -> dict[str, Any] | None:
+    """The row of a plan, if it is there."""
+    wanted = dataclasses.asdict(plan)
     return next((row for row in rows if wanted.items() <= row.items()), None)
 
 
@@ -99,11 +99,11 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Temporaries and average FLOPs over those of AdamW on the same pod with the same batch."""
     found = []
     for row in rows:
-        settings = {f.name: row[f.name] for f in dataclasses.fields(Setting)}
-        adamw = find(rows, Setting(**{**settings, "optimizer": "adamw"}))
+        flags = {f.name: row[f.name] for f in dataclasses.fields(Plan)}
+        adamw = find(rows, Plan(**{**flags, "optimizer": "adamw"}))
         if adamw and row is not adamw:
             over = {f"{key}_over_adamw": row[key] / adamw[key] for key in COMPARED}
-            found.append({**settings, **over, "fits": row["peak_bytes"] <= row["hbm_bytes"]})
+            found.append({**flags, **over, "fits": row["peak_bytes"] <= row["hbm_bytes"]})
     return found
 
 
@@ -113,7 +113,7 @@ COMPARED = ("temp_bytes", "peak_bytes", "flops_step", "flops_average")
 def growth(rows: list[dict[str, Any]], optimizer: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Chips and numbers, for the pods that are planned."""
     for chips, topology in TOPOLOGIES.items():
-        row = find(rows, Setting(optimizer, topology))
+        row = find(rows, Plan(optimizer, topology))
         if row:
             yield chips, row
 
@@ -139,8 +139,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axes.grid(alpha=0.25)
         axes.legend(loc="lower right")
     shown = {
-        "sophia_g\non 1/16": (Setting("sophia_g"), Setting("adamw")),
-        "sophia_h\non 1/16": (Setting("sophia_h"), Setting("adamw")),
+        "sophia_g\non 1/16": (Plan("sophia_g"), Plan("adamw")),
+        "sophia_h\non 1/16": (Plan("sophia_h"), Plan("adamw")),
         "optax.contrib.\nsophia on all": (whole("contrib_sophia"), whole("adamw")),
     }
     bars = (-0.2, "temp_bytes", "temporaries"), (0.2, "flops_average", "average FLOPs")
@@ -160,15 +160,15 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     """Compiles what is missing and writes the results; with `--quick`, shows one small plan."""
     if "--quick" in sys.argv[1:]:
-        print(json.dumps(planned(Setting("sophia_g", TOPOLOGIES[4], model="tiny"))))
+        print(json.dumps(planned(Plan("sophia_g", TOPOLOGIES[4], model="tiny"))))
         return
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / "pod_cost.json"
     rows = json.loads(path.read_text())["plans"] if path.exists() else []
-    for setting in SETTINGS:
-        if find(rows, setting):
+    for plan in PLANS:
+        if find(rows, plan):
             continue
-        rows.append(planned(setting))
+        rows.append(planned(plan))
         result = provenance("benchmarks.pod_cost")
         result["versions"]["libtpu"] = version("libtpu")
         result |= {"over_adamw": ratios(rows), "plans": rows}

@@ -23,12 +23,13 @@ import numpy as np
 import tyro
 
 import sophia_optax
-from benchmarks.entrants import ENTRANTS, search
-from benchmarks.journal import Journal, Runs
-from benchmarks.provenance import RESULTS, provenance
-from benchmarks.runner import Runner, Setting
+from benchmarks.entrants import ENTRANTS
+from benchmarks.lib.journal import Journal
+from benchmarks.lib.provenance import RESULTS, provenance
+from benchmarks.lib.sweep import Runs, Workload
 from examples.lm import data
 from examples.lm.config import MODELS
+from examples.lm.tune import search
 
 WIDTHS = (32, 64)
 BATCHES = (2, 8, 16, 32)  # sequences of 128 bytes
@@ -72,22 +73,21 @@ def cell(
     """One model and batch size: the losses of the best fixed γ and of every target."""
     entrant = ENTRANTS[config.optimizer]
     model = replace(MODELS["tiny"], width=width)
-    setting = Setting(model=model, batch_size=batch, curvature_batch=max(1, batch // 2))
+    workload = Workload(model=model, batch_size=batch, curvature_batch=max(1, batch // 2))
     common = {name: getattr(config, name) for name in ("learning_rate", "b1", "warmup")}
-    shape = {"optimizer": config.optimizer, "width": str(width), "batch": str(batch)}
+    names = {"optimizer": config.optimizer, "width": str(width), "batch": str(batch)}
 
     def runs(kind: str, **fixed: float | None) -> Runs:
-        row = replace(entrant.row, tiny=replace(entrant.row.tiny, **common, **fixed))
+        row = replace(entrant, tiny=replace(entrant.tiny, **common, **fixed))
         if kind != "gamma":
             per_tensor = kind == "target per tensor"
             target = functools.partial(sophia_optax.win_rate_target, per_tensor=per_tensor)
             row = replace(row, build=functools.partial(row.build, target=target))
-        return Runs(journal, corpus, lambda: Runner(row, setting), kind=kind, **shape)
+        return Runs(journal, corpus, workload.run(row), kind=kind, **names)
 
     by_gamma = runs("gamma")
-    ladder = replace(entrant, grid={"gamma": (0.1, 0.5)}, order=("gamma",))
     found = search(
-        ladder,
+        {"gamma": (0.1, 0.5)},
         config.tries,
         lambda p: by_gamma({**common, **p}, config.steps, TUNING_SEED, "tune")["loss"],
     )
@@ -108,7 +108,13 @@ def cell(
     best = np.mean(rows["best gamma"]["losses"])
     for row in rows.values():
         row["over_best"] = float(np.mean(row["losses"]) / best)
-    return {"width": width, "batch": batch, "tokens": setting.tokens, "open": found["open"], **rows}
+    return {
+        "width": width,
+        "batch": batch,
+        "tokens": workload.tokens,
+        "open": found["open"],
+        **rows,
+    }
 
 
 def plot(cells: list[dict[str, Any]], path: Path) -> None:

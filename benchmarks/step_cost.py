@@ -31,13 +31,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
-import sophia_optax
-from benchmarks import programs
-from benchmarks.provenance import RESULTS, provenance
+from benchmarks.lib import programs
+from benchmarks.lib.provenance import RESULTS, provenance
 from examples.lm import mesh, plan
 from examples.lm.config import MODELS, MeshConfig, ModelConfig, TrainConfig
 from examples.lm.model import Transformer, parameter_count
-from examples.lm.optimizers import OPTIMIZERS
+from examples.lm.optimizers import OPTIMIZERS, Curvature, hutchinson
+from examples.lm.run import Run, resolve
 from examples.lm.train import Trainer
 
 Row = dict[str, Any]
@@ -87,17 +87,17 @@ QUICK = Scope(
 )  # fmt: skip
 
 
-def config(size: str, optimizer: str, share: int = SHARE, **fields: Any) -> TrainConfig:
+def run(size: str, optimizer: str, share: int = SHARE) -> Run:
     """A train step on one device."""
-    return TrainConfig(
+    config = TrainConfig(
         model=size,
         optimizer=optimizer,
         batch_size=BATCH,
         curvature_batch=BATCH // share,
         update_interval=INTERVAL,
         mesh=MeshConfig(1, 1, 1),
-        **fields,
     )
+    return resolve(config, devices=jax.devices()[:1])
 
 
 def shapes(size: str) -> Any:
@@ -113,7 +113,7 @@ def cheap_loss(params: Any) -> jax.Array:
 def update_arguments(optimizer: str) -> dict[str, Any]:
     """What an update off a refresh is given. optax.contrib.sophia cannot leave out the branch."""
     if optimizer == "contrib_sophia":
-        return {"obj_fn": lambda params: cheap_loss}
+        return {"hessian_fn": lambda params: cheap_loss}
     return {"refresh": False} if optimizer in SOPHIAS else {}
 
 
@@ -142,29 +142,17 @@ def update_cost(size: str, optimizer: str, platform: str) -> Row:
 
 def transformation(size: str, optimizer: str) -> Any:
     """The optimizer without the clipping of gradients, which all of them share."""
-    row, run = OPTIMIZERS[optimizer], config(size, optimizer)
-    h = dataclasses.replace(row.large, update_interval=run.update_interval)
+    row = OPTIMIZERS[optimizer]
+    h = dataclasses.replace(row.large, update_interval=INTERVAL)
     return row.build(h, lambda count: h.learning_rate)
 
 
 def step_flops(size: str, optimizer: str, share: int = SHARE) -> Row:
     """FLOPs of a train step, without and with a refresh and on average."""
-    run = config(size, optimizer, share)
-    plain = refresh = flops(config(size, "adamw"))
+    counts = plan.step_flops(run(size, optimizer, share))
     if optimizer == "muon":  # its iteration is a loop, which XLA counts once
-        plain = refresh = plain + muon_flops(size)
-    elif optimizer in SOPHIAS:
-        plain, refresh = flops(config(size, "sophia_g"), refresh=False), flops(run)
-    elif optimizer == "lion":
-        plain = refresh = flops(run)
-    return {
-        "flops_step": plain,
-        "flops_refresh_step": refresh,
-        "flops_average": plain + (refresh - plain) / INTERVAL,
-    }
-
-
-flops = functools.cache(plan.flops)
+        counts = {name: count + muon_flops(size) for name, count in counts.items()}
+    return counts
 
 
 def muon_flops(size: str) -> int:
@@ -174,10 +162,11 @@ def muon_flops(size: str) -> int:
     return programs.product_flops(jax.make_jaxpr(tx.update)(params, state, params).jaxpr)
 
 
-def compiled_step(run: TrainConfig) -> Row:
+def compiled_step(of_run: Run) -> Row:
     """Memory of a train step, compiled for this machine's CPU."""
-    device_mesh = mesh.make_mesh(run.mesh, jax.devices("cpu")[:1])
-    memory = plan.lowered_step(run, device_mesh)[1].compile().memory_analysis()
+    cpu = mesh.make_mesh(of_run.config.mesh, jax.devices("cpu")[:1])
+    lowered = plan.lowered_step(dataclasses.replace(of_run, mesh=cpu))[1]
+    memory = lowered.compile().memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes
     return {
         "temp_bytes": memory.temp_size_in_bytes,
@@ -188,21 +177,14 @@ def compiled_step(run: TrainConfig) -> Row:
 def probes_cost(size: str, probes: int) -> Row:
     """A refresh of Sophia-H from several probes: FLOPs at once, memory one after another."""
 
-    def row(chunk: int) -> Any:
-        def extra_args(forward: Any, params: Any, batch: Any) -> dict[str, Any]:
-            loss = functools.partial(lambda b, p: forward.loss(p, b), batch)
-            hessian_fn = sophia_optax.hutchinson(loss, params, num_probes=probes, probe_chunk=chunk)
-            return {"hessian_fn": hessian_fn}
+    def with_probes(chunk: int) -> Run:
+        estimator = functools.partial(hutchinson, num_probes=probes, probe_chunk=chunk)
+        of_run = run(size, "sophia_h")
+        row = dataclasses.replace(of_run.optimizer, curvature=Curvature(estimator))
+        return dataclasses.replace(of_run, optimizer=row)
 
-        return dataclasses.replace(OPTIMIZERS["sophia_h"], extra_args=extra_args)
-
-    run = config(size, "probed")
-    OPTIMIZERS["probed"] = row(chunk=probes)  # a loop over chunks would be counted once
-    found = {"flops_refresh_step": plan.flops(run)}
-    OPTIMIZERS["probed"] = row(chunk=1)
-    found |= compiled_step(run)
-    del OPTIMIZERS["probed"]
-    return found
+    # A loop over chunks would be counted once.
+    return {"flops_refresh_step": plan.flops(with_probes(probes)), **compiled_step(with_probes(1))}
 
 
 # --- what varies ----------------------------------------------------------------------------------
@@ -247,13 +229,11 @@ def timed_update(size: str, optimizer: str) -> Callable[[int], float]:
 
 def timed_step(size: str, optimizer: str) -> Callable[[int], float]:
     """Times the train step: the mean over one interval, its refresh included."""
-    run = config(size, optimizer)
-    device_mesh = mesh.make_mesh(run.mesh, jax.devices()[:1])
-    trainer = Trainer(run, device_mesh, SIZES[size].vocab_size)
+    trainer = Trainer(run(size, optimizer))
     held = [trainer.init()]
     shape = BATCH, SIZES[size].context + 1
     tokens = np.random.default_rng(0).integers(0, SIZES[size].vocab_size, shape, np.int32)
-    batch = mesh.global_batch(tokens, device_mesh)
+    batch = mesh.global_batch(tokens, trainer.run.mesh)
 
     def measure(turn: int) -> float:
         start = time.perf_counter()
@@ -297,7 +277,7 @@ def jobs(scope: Scope) -> Iterator[tuple[str, Callable[[], Row]]]:
         yield f"seconds/step/{device}/{size}", make
     for size in scope.stepped:
         for name in NAMES:
-            yield f"memory/{size}/{name}", functools.partial(compiled_step, config(size, name))
+            yield f"memory/{size}/{name}", functools.partial(compiled_step, run(size, name))
     for share in scope.shares:
         for name in ("sophia_h", "sophia_g"):
             key = f"share/{scope.growth}/{share}/{name}"

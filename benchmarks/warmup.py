@@ -30,22 +30,31 @@ import numpy as np
 import optax
 import tyro
 
-import sophia_optax
-from benchmarks.entrants import ENTRANTS, Point
-from benchmarks.journal import Journal, Runs
+from benchmarks.lib.journal import Journal
+from benchmarks.lib.provenance import RESULTS, provenance
+from benchmarks.lib.sweep import Runs
 from benchmarks.lm_race import REGIMES
-from benchmarks.provenance import RESULTS, provenance
-from benchmarks.runner import Runner, Setting, cosine
 from examples.lm import data
-from examples.lm.optimizers import Optimizer, is_matrix
+from examples.lm.optimizers import (
+    OPTIMIZERS,
+    Curvature,
+    Optimizer,
+    is_matrix,
+    learning_rate,
+)
+from examples.lm.run import Run
+from examples.lm.train import Trainer
+from examples.lm.tune import Point
+from sophia_optax._scale_by_sophia import SophiaRule, transformation
+from sophia_optax._win_rate_target import FixedGamma
 
 SHORT, LONG = 0.02, 0.2
 STEPS = REGIMES["small"].steps
 TUNED: dict[str, Point] = {
-    "sophia_h": {"learning_rate": 4e-3, "gamma": 0.02, "b1": 0.7},
+    "sophia_h_paper": {"learning_rate": 4e-3, "gamma": 0.02, "b1": 0.7},
     "sophia_g": {"learning_rate": 3e-3, "gamma": 0.1, "b1": 0.8},
 }
-RATES = {"sophia_h": (3e-3, 4e-3, 6e-3, 8e-3), "sophia_g": (2e-3, 3e-3, 4e-3, 6e-3)}
+RATES = {"sophia_h_paper": (3e-3, 4e-3, 6e-3, 8e-3), "sophia_g": (2e-3, 3e-3, 4e-3, 6e-3)}
 
 
 # --- kinds of params ------------------------------------------------------------------------------
@@ -80,8 +89,9 @@ class Change(NamedTuple):
     """One difference from the algorithm.
 
     Attributes:
-      negative: what a coordinate with h <= 0 does: a "sign" step; |h| in its place ("size"); no
-        step ("rest"); or the step of the tensor's mean |h| ("mean").
+      negative: what a coordinate with h <= 0 does: a "sign" step, as in the paper; a step by |h|
+        ("size"), as in the library; no step ("rest"); or the step of the tensor's mean |h|
+        ("mean").
       nesterov: look one gradient ahead in m.
       correct_m: divide m by 1 - b1^t.
       probes: of an estimate.
@@ -125,145 +135,127 @@ CHANGES = {
 }
 
 
-def changed_sophia(
-    h: Any, schedule: optax.Schedule, change: Change, factor: Callable[[Any, Any], Any]
-) -> optax.GradientTransformationExtraArgs:
-    """Sophia with one change, for experiments: the state is the library's, the update is not.
-
-    Args:
-      h: hyperparameters.
-      schedule: the learning rate.
-      change: what is different.
-      factor: (params, step) to what each coordinate's update is multiplied by.
-    """
-
-    def init(params: Any) -> Any:
-        return sophia_optax.scale_by_sophia(gamma=1.0).init(params)
-
-    def denominator(nu: jax.Array, corrected: Any) -> jax.Array:
-        curvature = nu / corrected
-        if change.square:
-            curvature = jnp.sqrt(curvature)
-        mean = jnp.mean(jnp.abs(curvature))
-        if change.negative == "size":
-            curvature = jnp.abs(curvature)
-        elif change.negative == "rest":
-            curvature = jnp.where(curvature > 0, curvature, jnp.inf)
-        elif change.negative == "mean":
-            curvature = jnp.where(curvature > 0, curvature, mean)
-        return jnp.maximum(h.gamma * jnp.maximum(curvature, change.floor * mean), 1e-12)
-
-    def update(
-        updates: Any,
-        state: Any,
-        params: Any = None,
-        *,
-        hessian_fn: Any = None,
-        refresh: Any = None,
-        **_: Any,
-    ) -> Any:
-        grads, nu, refreshes = updates, state.nu, state.refreshes
-        if refresh:
-            key = jax.random.fold_in(jax.random.key(0), state.count)
-            power = 2 if change.square else 1
-            nu = jax.tree.map(lambda n, e: h.b2 * n + (1 - h.b2) * e**power, nu, hessian_fn(key))
-            refreshes += 1
-        b1 = h.b1
-        if change.last_b1 is not None:
-            b1 += (change.last_b1 - b1) * jnp.minimum(state.count / STEPS, 1)
-        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, grads)
-        ahead = mu
-        if change.nesterov:
-            ahead = jax.tree.map(lambda m, g: h.b1 * m + (1 - h.b1) * g, mu, grads)
-        if change.correct_m:
-            ahead = jax.tree.map(lambda m: m / (1 - h.b1 ** (state.count + 1)), mu)
-        clip = jnp.clip((state.count + 1) / change.ramp, 0, 1) if change.ramp else 1.0
-        ds = jax.tree.map(lambda n: denominator(n, 1 - h.b2**refreshes), nu)
-        us = jax.tree.map(lambda m, d: jnp.clip(m / d, -clip, clip), ahead, ds)
-        free = jax.tree.map(lambda m, d: jnp.sum(jnp.abs(m / d) < clip), ahead, ds)
-        size = sum(leaf.size for leaf in jax.tree.leaves(us))
-        rate = optax.tree.sum(free) / size if refresh else state.win_rate
-        us = jax.tree.map(
-            lambda u, p, decays, f: (
-                -jnp.asarray(schedule(state.count)) * f * (u + h.weight_decay * decays * p)
-            ),
-            us,
-            params,
-            is_matrix(params),
-            factor(params, state.count),
-        )
-        count = state.count + 1
-        return us, state._replace(
-            count=count,
-            mu=mu,
-            nu=nu,
-            refreshes=refreshes,
-            win_rate=jnp.float32(rate),
-            gamma=jnp.float32(h.gamma),
-        )
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-class ChangedRunner(Runner):
-    """A runner for one change, with every kind's diagnostics at each refresh.
+@dataclass(frozen=True)
+class ChangedRule(SophiaRule):
+    """The library's equations with one difference.
 
     Attributes:
       change: what is different.
-      other: a kind of params whose warm-up is `other_warmup`, or None.
-      watch: whether the kinds' diagnostics are kept.
+      count: the steps before this one.
     """
 
-    def __init__(
-        self,
-        name: str,
-        setting: Setting,
-        change: Change = Change(),  # noqa: B008
-        *,
-        other: str | None = None,
-        watch: bool = False,
-    ):
-        self.change, self.other, self.watch = change, other, watch
-        row = ENTRANTS[name].row
+    change: Change = Change()  # noqa: RUF009 - a NamedTuple, immutable
+    count: Any = 0
 
-        def extra_args(forward: Any, params: Any, batch: Any) -> dict[str, Any]:
-            one = row.extra_args(forward, params, batch)["hessian_fn"]
+    def lookahead(self, m: jax.Array, g: jax.Array) -> jax.Array:
+        ahead = super().lookahead(m, g)
+        return ahead / (1 - self.b1 ** (self.count + 1)) if self.change.correct_m else ahead
 
-            def mean(key: jax.Array) -> Any:
-                keys = jax.random.split(key, change.probes)
-                return jax.tree.map(lambda x: x.mean(0), jax.lax.map(one, keys))
+    def curvature(self, h: jax.Array, estimate: jax.Array) -> jax.Array:
+        return super().curvature(h, estimate**2 if self.change.square else estimate)
 
-            return {"hessian_fn": one if change.probes == 1 else mean}
+    def scale(self, gamma: Any, refreshes: Any) -> Any:
+        scale = super().scale(gamma, refreshes)
+        return jnp.sqrt(gamma * scale) if self.change.square else scale
 
-        tiny = row.tiny
-        if change.clip_norm is not None:
-            tiny = replace(tiny, clip_norm=change.clip_norm)
-        super().__init__(Optimizer(self.build, extra_args, tiny, row.large), setting)
+    def scaled_curvature(self, h: jax.Array, scale: Any) -> jax.Array:
+        scaled = super().scaled_curvature(jnp.sqrt(h) if self.change.square else h, scale)
+        mean = jnp.mean(jnp.abs(scaled))
+        if self.change.negative == "rest":
+            scaled = jnp.where(scaled > 0, scaled, jnp.inf)
+        elif self.change.negative == "mean":
+            scaled = jnp.where(scaled > 0, scaled, mean)
+        return jnp.maximum(scaled, self.change.floor * mean) if self.change.floor else scaled
 
-    def build(self, h: Any, schedule: optax.Schedule) -> Any:
-        """The changed optimizer; `schedule` has the warm-up of all params but `other`."""
 
-        def factor(params: Any, step: Any) -> Any:
-            if self.other is None:
-                return jax.tree.map(lambda _: 1.0, params)
-            # The schedule that the runner made is a partial of `cosine`.
-            bound = schedule.keywords  # pyright: ignore[reportFunctionMemberAccess]
-            opposite = jnp.where(bound["warmup"] < (SHORT + LONG) / 2, LONG, SHORT)
-            ratio = cosine(step, **(bound | {"warmup": opposite})) / jnp.maximum(
-                schedule(step), 1e-30
-            )
-            return jax.tree.map(
-                lambda chosen: jnp.where(chosen, ratio, 1.0), in_kind(self.other, params)
-            )
+def changed_sophia(h: Any, change: Change) -> optax.GradientTransformationExtraArgs:
+    """`scale_by_sophia` with one change."""
 
-        return changed_sophia(h, schedule, self.change, factor)
+    def at(count: Any) -> optax.GradientTransformationExtraArgs:
+        b1, ramp = h.b1, change.ramp
+        if change.last_b1 is not None:
+            b1 += (change.last_b1 - b1) * jnp.minimum(count / STEPS, 1)
+        rule = ChangedRule(
+            b1=b1,
+            b2=h.b2,
+            eps=1e-12,
+            clip_threshold=jnp.clip((count + 1) / ramp, 0, 1) if ramp else 1.0,
+            absolute_curvature=change.negative == "size",
+            nesterov=change.nesterov,
+            change=change,
+            count=count,
+        )
+        return transformation(rule, FixedGamma(h.gamma))
 
-    def due(self, step: int) -> bool:
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> Any:
+        return at(state.count).update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(at(0).init, update)
+
+
+def other_warmup(kind: str, schedule: Any) -> optax.GradientTransformation:
+    """Gives one kind of params the long warm-up where the schedule's is short, or the reverse."""
+    bound = schedule.keywords  # the trainer's schedule is a partial of `learning_rate`
+    opposite = jnp.where(bound["warmup"] < (SHORT + LONG) / 2, LONG, SHORT)
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        other = learning_rate(state.count, **(bound | {"warmup": opposite}))
+        ratio = other / jnp.maximum(schedule(state.count), 1e-30)
+        updates = jax.tree.map(
+            lambda u, chosen: jnp.where(chosen, ratio * u, u), updates, in_kind(kind, updates)
+        )
+        return updates, optax.ScaleByScheduleState(state.count + 1)
+
+    return optax.GradientTransformation(
+        lambda params: optax.ScaleByScheduleState(jnp.zeros((), jnp.int32)), update
+    )
+
+
+def changed_row(name: str, change: Change, other: str | None = None) -> Optimizer:
+    """A Sophia's row with one change, or with another warm-up for one kind of params."""
+    row = OPTIMIZERS[name]
+
+    def estimator(forward: Any, params: Any, batch: Any) -> Any:
+        one = row.curvature.estimator(forward, params, batch)
+
+        def mean(key: jax.Array) -> Any:
+            keys = jax.random.split(key, change.probes)
+            return jax.tree.map(lambda x: x.mean(0), jax.lax.map(one, keys))
+
+        return one if change.probes == 1 else mean
+
+    def build(h: Any, schedule: optax.Schedule) -> optax.GradientTransformation:
+        return optax.chain(
+            changed_sophia(h, change),
+            optax.add_decayed_weights(h.weight_decay, is_matrix),
+            optax.scale_by_learning_rate(schedule),
+            *([other_warmup(other, schedule)] if other else []),
+        )
+
+    clip_norm = row.tiny.clip_norm if change.clip_norm is None else change.clip_norm
+    return replace(
+        row,
+        build=build,
+        curvature=Curvature(estimator),
+        tiny=replace(row.tiny, clip_norm=clip_norm),
+    )
+
+
+class ChangedTrainer(Trainer):
+    """A trainer for one change, with every kind's diagnostics if they are watched."""
+
+    def __init__(self, run: Run, *, change: Change, watch: bool = False):
+        self.change, self.watch = change, watch
+        super().__init__(run, traced=True, unroll=True)
+
+    def refreshes_at(self, step: int) -> bool:
+        """More often at the beginning or less often in the second half, if the change says so."""
         if step >= STEPS // 2:
             return step % self.change.late_interval == 0
-        return super().due(step) or step < self.change.dense
+        return super().refreshes_at(step) or step < self.change.dense
 
     def diagnostics(self, opt_state: Any) -> dict[str, Any]:
+        """Win rate, mean h, share of negative h and size of the step for every kind."""
         found = super().diagnostics(opt_state)
         if not self.watch:
             return found
@@ -321,46 +313,61 @@ class Study:
 
     def __init__(self, config: WarmupConfig, journal: Journal, corpus: data.Corpus):
         self.config, self.journal, self.corpus = config, journal, corpus
-        self.setting = REGIMES["small"].setting
-        self.runners: dict[str, Runs] = {}
+        self.sweeps: dict[str, Runs] = {}
 
-    def runs(self, part: str, optimizer: str, name: str, make: Callable[[], Runner]) -> Runs:
-        """One runner's runs; the runner is compiled when it is first needed."""
+    def run(
+        self,
+        part: str,
+        optimizer: str,
+        name: str,
+        rates: tuple[float, ...],
+        seed: int,
+        change: Change = Change(),  # noqa: B008
+        other: str | None = None,
+    ) -> None:
+        """Either warm-up at each learning rate; compiles when a first run is missing."""
         key = f"{part}/{optimizer}/{name}"
-        if key not in self.runners:
-            names = {"part": part, "optimizer": optimizer, "name": name}
-            self.runners[key] = Runs(self.journal, self.corpus, make, **names)
-        return self.runners[key]
+        if key not in self.sweeps:
+            self.sweeps[key] = Runs(
+                self.journal,
+                self.corpus,
+                REGIMES["small"].workload.run(changed_row(optimizer, change, other)),
+                functools.partial(ChangedTrainer, change=change, watch=part == "what"),
+                part=part,
+                optimizer=optimizer,
+                name=name,
+            )
+        for rate in rates:
+            for warmup in (SHORT, LONG):
+                point = {**TUNED[optimizer], "learning_rate": rate, "warmup": warmup}
+                self.sweeps[key](point, self.config.steps, seed, "tune")
 
-    def row(self, runs: Runs, point: Point, seed: int) -> dict[str, Any]:
-        """A run at a point."""
-        return runs(point, self.config.steps, seed, "tune")
+    def watch_kinds(self, optimizer: str) -> None:
+        """The algorithm as it is, with the diagnostics of every kind."""
+        self.run(
+            "what",
+            optimizer,
+            "as it is",
+            (TUNED[optimizer]["learning_rate"],),
+            self.config.seeds[0],
+        )
 
-    def what(self, optimizer: str) -> None:
-        """The algorithm as it is, watched, at either warm-up."""
-        make = functools.partial(ChangedRunner, optimizer, self.setting, watch=True)
-        runs = self.runs("what", optimizer, "as it is", make)
-        for warmup in (SHORT, LONG):
-            self.row(runs, {**TUNED[optimizer], "warmup": warmup}, self.config.seeds[0])
-
-    def where(self, optimizer: str, seed: int) -> None:
+    def vary_warmup_by_kind(self, optimizer: str, seed: int) -> None:
         """One kind's warm-up is short where the others' is long, or long where theirs is short."""
         for kind in (None, *KINDS):
-            make = functools.partial(ChangedRunner, optimizer, self.setting, other=kind)
-            runs = self.runs("where", optimizer, kind or "none", make)
-            for warmup in (SHORT, LONG):
-                self.row(runs, {**TUNED[optimizer], "warmup": warmup}, seed)
+            self.run(
+                "where",
+                optimizer,
+                kind or "none",
+                (TUNED[optimizer]["learning_rate"],),
+                seed,
+                other=kind,
+            )
 
-    def instead(self, optimizer: str, seed: int) -> None:
+    def vary_the_algorithm(self, optimizer: str, seed: int) -> None:
         """Every change at either warm-up and several learning rates."""
         for name in self.config.changes:
-            change = CHANGES[name]
-            make = functools.partial(ChangedRunner, optimizer, self.setting, change)
-            runs = self.runs("instead", optimizer, name, make)
-            for rate in RATES[optimizer]:
-                for warmup in (SHORT, LONG):
-                    point = {**TUNED[optimizer], "learning_rate": rate, "warmup": warmup}
-                    self.row(runs, point, seed)
+            self.run("instead", optimizer, name, RATES[optimizer], seed, CHANGES[name])
 
 
 def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -421,20 +428,24 @@ def plot(rows: list[dict[str, Any]], tables: dict[str, Any], path: Path) -> None
 def main(config: WarmupConfig) -> None:
     """Runs what is missing and writes the tables and the plot."""
     if config.quick:
-        few = {"optimizers": ("sophia_h",), "parts": ("what", "instead"), "changes": ("as it is",)}
+        few = {
+            "optimizers": ("sophia_h_paper",),
+            "parts": ("what", "instead"),
+            "changes": ("as it is",),
+        }
         config = replace(config, seeds=(1000,), **few)
     origin = provenance("benchmarks.warmup")
     journal = Journal(None if config.quick else config.runs)
     study = Study(config, journal, data.load("stdlib"))
     for optimizer in config.optimizers:
         if "what" in config.parts:
-            study.what(optimizer)
+            study.watch_kinds(optimizer)
     for seed in config.seeds:
         for optimizer in config.optimizers:
             if "instead" in config.parts:
-                study.instead(optimizer, seed)
+                study.vary_the_algorithm(optimizer, seed)
             if "where" in config.parts:
-                study.where(optimizer, seed)
+                study.vary_warmup_by_kind(optimizer, seed)
     if config.quick:
         return
     tables = summarize(journal.rows)

@@ -46,7 +46,7 @@ from rich.table import Table
 from sklearn.datasets import load_digits
 
 import sophia_optax
-from benchmarks.provenance import provenance
+from benchmarks.lib.provenance import provenance
 
 SMOOTHING = 0.1
 SIGMA = 0.2  # of a pixel, where black is 0 and white 1

@@ -55,14 +55,6 @@ NAMES = {
     "muon_sophia_h": "Muon, Sophia-H on the rest",
     "muon_sophia_h_paper": "Muon, Sophia-H with paper's h",
 }
-# The race's file was written when the paper's h was called `sophia_h`.
-RENAMED = {
-    "sophia_h": "sophia_h_paper",
-    "sophia_h_absolute": "sophia_h",
-    "sophia_h_absolute_target": "sophia_h_target",
-    "muon_sophia_h": "muon_sophia_h_paper",
-    "muon_sophia_h_absolute": "muon_sophia_h",
-}
 SIZES = {"1m": "1M", "11m": "11M", "gpt2-124m": "124M", "gpt2-1.5b": "1.5B"}
 
 
@@ -199,8 +191,6 @@ def tuning_by_b1() -> str:
 def entrants(regime: str) -> dict[str, dict[str, Any]]:
     """The race's results in one regime, under the library's names and in the order of `NAMES`."""
     found = read("lm_race.json")["results"][regime]
-    if "sophia_h_absolute" in found:
-        found = {RENAMED.get(name, name): row for name, row in found.items()}
     return {name: found[name] for name in NAMES if name in found}
 
 
@@ -330,7 +320,7 @@ WARMUPS = (0.02, 0.2)
 @table
 def warmup_rates() -> str:
     """Losses of three seeds by learning rate and warm-up, for the paper's h and for |h|."""
-    (found,) = read("warmup.json")["results"]["instead"].values()
+    found = read("warmup.json")["results"]["instead"]["sophia_h_paper"]
     rates = (0.003, 0.004, 0.006, 0.008)
     rows = [
         [
@@ -346,7 +336,7 @@ def warmup_rates() -> str:
 @table
 def warmup_changes() -> str:
     """The first seed's losses of each change to the algorithm."""
-    (found,) = read("warmup.json")["results"]["instead"].values()
+    found = read("warmup.json")["results"]["instead"]["sophia_h_paper"]
     rates = (0.003, 0.004, 0.006)
     rows = [
         [
@@ -373,9 +363,9 @@ def targets() -> str:
         best = cell["best gamma"]
         ratios = (f"{cell[kind]['over_best']:.3f}" for kind in kinds)
         name = f"{cell['width']}, {cell['batch']}"
-        rows.append([name, f"{best['gamma']:.3g}", f"{mean(best['losses']):.3f}", *ratios])
+        rows.append([name, f"{best['gamma']:.3g}", losses(best["losses"]), *ratios])
     names = [kind.removeprefix("target ") for kind in kinds]
-    return markdown(["width, sequences", "best γ", "its loss", *names], rows)
+    return markdown(["width, sequences", "best γ", "its losses", *names], rows)
 
 
 # --- Images ---------------------------------------------------------------------------------------

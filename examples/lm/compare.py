@@ -10,44 +10,29 @@ from rich.console import Console
 
 from examples.lm import data, hosts, plot, report
 from examples.lm.checkpoint import Checkpoints
-from examples.lm.config import (
-    MODELS,
-    CompareConfig,
-    RunConfig,
-    TrainConfig,
-    check_numbers,
-    for_optimizer,
-    lookup,
-    model_config,
-)
+from examples.lm.config import CompareConfig, RunConfig, TrainConfig, for_optimizer
 from examples.lm.loop import Result, fit
-from examples.lm.mesh import make_mesh
-from examples.lm.optimizers import OPTIMIZERS, SECOND_ORDER, hyperparameters
-from examples.lm.train import check
+from examples.lm.run import Run, resolve
 
 
 def compare(config: CompareConfig) -> None:
     """Trains each optimizer in turn, prints the table, writes plot, metrics and summary."""
-    for name in config.optimizers:
-        lookup(OPTIMIZERS, name, "optimizer")
-    run(config, {name: for_optimizer(config, name) for name in config.optimizers}, "compare")
+    configs = {name: for_optimizer(config, name) for name in config.optimizers}
+    train_and_report(config, configs, "compare")
 
 
 def train(config: TrainConfig) -> None:
     """Trains one model with one optimizer, or continues where it stopped."""
-    lookup(OPTIMIZERS, config.optimizer, "optimizer")
-    run(config, {config.optimizer: config}, "train")
+    train_and_report(config, {config.optimizer: config}, "train")
 
 
-def run(config: RunConfig, runs: dict[str, TrainConfig], command: str) -> None:
+def train_and_report(config: RunConfig, configs: dict[str, TrainConfig], command: str) -> None:
     """Trains the runs one after another and reports on them together."""
     hosts.join(config.hosts, agree=command == "train")
-    for run_config in runs.values():
-        check_numbers(run_config)
-        check(run_config, make_mesh(run_config.mesh))
-    lookup(MODELS, config.model, "model")
+    runs = {name: resolve(of_run) for name, of_run in configs.items()}
     corpus = data.load(config.data, config.tokenizer)
-    data.check_length(corpus, model_config(config, corpus.vocab_size).context)
+    runs = {name: run.with_vocabulary(corpus.vocab_size) for name, run in runs.items()}
+    data.check_length(corpus, next(iter(runs.values())).model.context)
     resume = isinstance(config, TrainConfig) and config.resume
     folder = report.folder_of(config.out) if resume else report.new_folder(config.out, command)
     # A terminal narrower than the table would cut numbers off; a file has no width at all.
@@ -60,7 +45,7 @@ def run(config: RunConfig, runs: dict[str, TrainConfig], command: str) -> None:
         f"all of them again with {again}."
     ):
         results = train_all(console, runs, corpus, folder, checkpoints=command == "train")
-    if any(result.steps < runs[name].steps for name, result in results.items()):
+    if any(result.steps < config.steps for result in results.values()):
         (result,) = results.values()
         console.print(f"Stopped after step {result.steps}. Continue: --resume --out {folder}")
     elif jax.process_index() == 0:
@@ -70,15 +55,16 @@ def run(config: RunConfig, runs: dict[str, TrainConfig], command: str) -> None:
 def describe(
     console: Console,
     config: RunConfig,
-    runs: dict[str, TrainConfig],
+    runs: dict[str, Run],
     corpus: data.Corpus,
     folder: Path,
 ) -> None:
     """Says what is about to run."""
     size = "streamed" if corpus.windows else f"{len(corpus.train):,} training tokens"
     console.print(f"{config.data}: {size}; results in {folder}", highlight=False)
-    for name in runs:
-        if config.attention != "xla" and OPTIMIZERS[name].extra_args in SECOND_ORDER:
+    for name, run in runs.items():
+        curvature = run.optimizer.curvature
+        if config.attention != "xla" and curvature and curvature.second_order:
             console.print(
                 f"{name} takes its curvature through XLA's attention, not {config.attention}'s, "
                 "which has no second derivative."
@@ -87,7 +73,7 @@ def describe(
 
 def train_all(
     console: Console,
-    runs: dict[str, TrainConfig],
+    runs: dict[str, Run],
     corpus: data.Corpus,
     folder: Path,
     checkpoints: bool,
@@ -100,14 +86,16 @@ def train_all(
         termination as stop,
         contextlib.ExitStack() as closing,
     ):
-        for name, config in runs.items():
-            store = Checkpoints(folder, config) if stop else None
-            if store and config.resume:
+        for name, run in runs.items():
+            store = Checkpoints(folder, run.config) if stop else None
+            if store and run.config.resume:
                 store.check_same_run()
             elif store:
                 store.describe()
-            log = report.tracker(progress, name, config.steps, folder / "metrics.jsonl", closing)
-            results[name] = fit(config, corpus, log=log, store=store, stop=stop)
+            log = report.tracker(
+                progress, name, run.config.steps, folder / "metrics.jsonl", closing
+            )
+            results[name] = fit(run, corpus, log=log, store=store, stop=stop)
             if store:
                 store.close()
     return results
@@ -116,7 +104,7 @@ def train_all(
 def write_summary(
     console: Console,
     config: RunConfig,
-    runs: dict[str, TrainConfig],
+    runs: dict[str, Run],
     results: dict[str, Result],
     corpus: data.Corpus,
     folder: Path,
@@ -131,9 +119,11 @@ def write_summary(
         folder / "summary.json",
         {
             "config": dataclasses.asdict(config),
-            "hyperparameters": {n: dataclasses.asdict(hyperparameters(c)) for n, c in runs.items()},
+            "hyperparameters": {
+                name: dataclasses.asdict(run.hyperparameters) for name, run in runs.items()
+            },
             "device": {"kind": jax.devices()[0].device_kind, "count": jax.device_count()},
-            "context": MODELS[config.model].context,
+            "context": next(iter(runs.values())).model.context,
             "bigram_loss": bigram_loss,
             "runs": summaries,
         },

@@ -84,8 +84,6 @@ class Hyperparameters:
       b2: decay of the second moment's, or of the curvature's, average.
       gamma: Sophia's scale of the curvature. Raise it when the win rate is below 0.1.
       win_rate: the share of coordinates to leave unclipped; gamma then follows from it.
-      absolute_curvature: Sophia takes |h| in the place of h, and bears a shorter warm-up. On in the
-        library, off here: the optimizers' defaults were tuned without, or are the paper's.
       weight_decay: decoupled, on matrices alone.
       warmup: the share of the run in which the rate rises from 0 to its peak.
       update_interval: steps from one curvature estimate to the next.
@@ -97,7 +95,6 @@ class Hyperparameters:
     b2: float | None = None
     gamma: float | None = None
     win_rate: float | None = None
-    absolute_curvature: bool = False
     weight_decay: float | None = None
     warmup: float | None = None
     update_interval: int = 10
@@ -124,7 +121,7 @@ class RunConfig:
       attention: XLA's own, or cuDNN's fused kernel, which Hutchinson's estimator goes around.
       mesh: the devices' layout.
       hosts: the processes, where there are several.
-      seed: of the params, the order of the data and the curvature's noise.
+      seed: of the params and of the order of the data.
       eval_interval: steps from one validation to the next.
       eval_batches: batches in a validation.
       log_interval: steps from one logged line to the next.
@@ -211,7 +208,7 @@ RANGES: dict[str, tuple[float, bool, float]] = {
 }
 
 
-def check_numbers(config: RunConfig) -> None:
+def check_numbers(config: Any) -> None:
     """Tells the user of a number that is out of range."""
     for name, (low, closed, high) in RANGES.items():
         value = getattr(config, name, None)
@@ -221,24 +218,6 @@ def check_numbers(config: RunConfig) -> None:
         bound = f"{'at least' if closed else 'more than'} {low:g}"
         bound += "" if high == math.inf else f" and less than {high:g}"
         raise UsageError(f"{flag} is {value}. It has to be {bound}.")
-
-
-def model_config(config: RunConfig, vocab_size: int) -> ModelConfig:
-    """The run's model, with the tokenizer's vocabulary where the preset leaves it open."""
-    preset = lookup(MODELS, config.model, "model")
-    if preset.vocab_size is None:
-        return dataclasses.replace(preset, vocab_size=vocab_size)
-    if preset.vocab_size < vocab_size:
-        raise UsageError(
-            f"{config.model} knows {preset.vocab_size} tokens and the data has {vocab_size}. "
-            "Choose a smaller vocabulary or another model."
-        )
-    return preset
-
-
-def curvature_size(config: RunConfig) -> int:
-    """How many sequences a curvature estimate sees."""
-    return config.batch_size // 2 if config.curvature_batch is None else config.curvature_batch
 
 
 def for_optimizer(config: CompareConfig, optimizer: str) -> TrainConfig:

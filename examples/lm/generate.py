@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from examples.lm import data, mesh, run_folder, tokenizers
+from examples.lm import data, run_folder, tokenizers
 from examples.lm.checkpoint import Checkpoints
-from examples.lm.config import Hyperparameters, MeshConfig, RunConfig, TrainConfig, UsageError
+from examples.lm.config import Hyperparameters, RunConfig, TrainConfig, UsageError
+from examples.lm.run import resolve
 from examples.lm.train import Trainer
 
 
@@ -41,7 +42,7 @@ def run_config(out: str) -> TrainConfig:
 
 def sample(trainer: Trainer, params: jax.Array, prompt: list[int], config: GenerateConfig) -> list:
     """The prompt and what follows it; the model sees the last `context` tokens."""
-    context = trainer.model.context
+    context = trainer.run.model.context
 
     @jax.jit
     def next_token(window: jax.Array, last: jax.Array, key: jax.Array) -> jax.Array:
@@ -71,8 +72,7 @@ def generate(config: GenerateConfig) -> None:
         lambda: data.texts_of(run.data)["train"],  # of a run that kept no tokenizer
         folder / run_folder.TOKENIZER,
     )
-    device_mesh = mesh.make_mesh(MeshConfig(), jax.devices()[:1])
-    trainer = Trainer(run, device_mesh, codec.size)
+    trainer = Trainer(resolve(run, devices=jax.devices()[:1]).with_vocabulary(codec.size))
     store = Checkpoints(folder, run, read_only=True)
     restored = store.restore(trainer.abstract_sharded_state())
     if restored is None:

@@ -7,11 +7,10 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from examples.lm import data, flops, hosts, mesh
-from examples.lm.config import TrainConfig
-from examples.lm.train import Metrics, Trainer, TrainState, check
+from examples.lm.run import Run
+from examples.lm.train import Metrics, Trainer, TrainState
 
 
 @dataclass
@@ -76,11 +75,11 @@ class Store(Protocol):
 
 
 def fit(
-    config: TrainConfig,
+    run: Run,
     corpus: data.Corpus,
     *,
     split: str = "validation",
-    device_mesh: Mesh | None = None,
+    trainer: Trainer | None = None,
     log: Callable[[dict[str, float]], None] = lambda record: None,
     store: Store | None = None,
     stop: Callable[[int], bool] | None = None,
@@ -88,22 +87,20 @@ def fit(
     """Trains one model and validates it on the way.
 
     Args:
-      config: the run.
+      run: what to train.
       corpus: its text.
       split: the part of the corpus to validate on.
-      device_mesh: the devices; all of them, as `config.mesh` says, if left out.
+      trainer: the run's compiled functions; compiled here if left out.
       log: called with each line of metrics, a step late, so that the device never waits.
-      store: where the state is saved to, and resumed from if `config.resume`.
+      store: where the state is saved to, and resumed from with `--resume`.
       stop: asked after each step, with the number of steps so far; once true, the state is saved
         and the run ends.
 
     Returns:
       Losses and times.
     """
-    device_mesh = device_mesh or mesh.make_mesh(config.mesh)
-    check(config, device_mesh)
-    trainer = Trainer(config, device_mesh, corpus.vocab_size)
-    context = trainer.model.context
+    config, context = run.config, run.model.context
+    trainer = trainer or Trainer(run)
     batches = data.training_batches(
         corpus,
         context,
@@ -116,14 +113,14 @@ def fit(
     held_out = data.evaluation(
         getattr(corpus, split), context, config.batch_size, config.eval_batches
     )
-    held_out = [mesh.global_batch(batch[rows], device_mesh) for batch in held_out]
+    held_out = [mesh.global_batch(batch[rows], run.mesh) for batch in held_out]
 
     kept = store.restore(trainer.abstract_sharded_state()) if store and config.resume else None
     if kept:
         start, state, position = kept
         batches.set_state(hosts.own(position))
     else:
-        start, state = 0, trainer.init()
+        start, state = 0, trainer.init(config.seed)
     result = Result([], [], [], float("nan"), start)
 
     def record(line: dict[str, float]) -> None:
@@ -143,13 +140,13 @@ def fit(
         if step % config.log_interval == 0 or step == config.steps - 1:
             speed = config.batch_size * context / seconds
             line = {"step": step, **values, "tokens_per_second": speed}
-            share = flops.utilization(trainer.model, speed, list(device_mesh.devices.flat))
+            share = flops.utilization(run.model, speed, list(run.mesh.devices.flat))
             record(line if share is None else line | {"mfu": share})
 
     late: Metrics | None = None
     clock = time.perf_counter()
     for step in range(start, config.steps):
-        batch = mesh.global_batch(next(batches), device_mesh)
+        batch = mesh.global_batch(next(batches), run.mesh)
         state, metrics = trainer.step(state, batch, step)
         if late is not None:
             report(step - 1, late, clock)

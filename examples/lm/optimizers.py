@@ -1,12 +1,13 @@
-"""The optimizers by name: how each is built, the curvature it asks for, its defaults."""
+"""The optimizers by name: how each is built, its curvature, its defaults, where tuning starts."""
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import sophia_optax
@@ -15,6 +16,8 @@ from examples.lm.config import Hyperparameters, TrainConfig, UsageError, lookup
 Params = Any
 Batch = jax.Array
 
+# --- the curvature --------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class Forward:
@@ -22,7 +25,7 @@ class Forward:
 
     Attributes:
       logits: (params, tokens [B, L]) -> [B, L, V]. Its attention may be a fused kernel, which has
-        first derivatives alone.
+        first derivatives only.
       loss: (params, windows [B, L + 1]) -> scalar, twice differentiable: with XLA's attention.
     """
 
@@ -30,33 +33,48 @@ class Forward:
     loss: Callable[[Params, Batch], jax.Array]
 
 
-def no_curvature(forward: Forward, params: Params, batch: Batch) -> dict[str, Any]:
-    """For optimizers that take gradients alone."""
-    return {}
+@dataclass(frozen=True)
+class Curvature:
+    """How the curvature of an optimizer is estimated.
+
+    Attributes:
+      estimator: (forward, params, windows [B, L + 1]) -> what the optimizer's `update` takes as
+        `hessian_fn`: for the optimizers of `sophia_optax`, a `HessianFn`.
+      second_order: whether it differentiates `forward.loss`, which does not use a fused attention.
+      whole_batch: whether it sees the whole batch instead of `--curvature-batch` sequences of it.
+    """
+
+    estimator: Callable[[Forward, Params, Batch], Callable[..., Any]]
+    second_order: bool = True
+    whole_batch: bool = False
 
 
-def gauss_newton(forward: Forward, params: Params, batch: Batch) -> dict[str, Any]:
-    """Sophia-G's: one backward pass from labels that the model itself drew."""
+def gauss_newton(
+    forward: Forward, params: Params, batch: Batch, **options: Any
+) -> sophia_optax.HessianFn:
+    """Sophia-G's: one backward pass from labels that are sampled from the model."""
     inputs = batch[:, :-1]
-    return {
-        "hessian_fn": sophia_optax.gauss_newton_bartlett(
-            lambda p: forward.logits(p, inputs), params
-        )
-    }
+    return sophia_optax.gauss_newton_bartlett(
+        lambda p: forward.logits(p, inputs), params, **options
+    )
 
 
-def hutchinson(forward: Forward, params: Params, batch: Batch) -> dict[str, Any]:
+def hutchinson(
+    forward: Forward, params: Params, batch: Batch, **options: Any
+) -> sophia_optax.HessianFn:
     """Sophia-H's: one Hessian-vector product."""
-    return {"hessian_fn": sophia_optax.hutchinson(lambda p: forward.loss(p, batch), params)}
+    return sophia_optax.hutchinson(lambda p: forward.loss(p, batch), params, **options)
 
 
-def curvature_loss(forward: Forward, params: Params, batch: Batch) -> dict[str, Any]:
-    """optax.contrib.sophia's: the loss itself, on the params that the transform calls it with."""
-    return {"obj_fn": lambda p: forward.loss(p, batch)}
+def curvature_loss(forward: Forward, params: Params, batch: Batch) -> Callable[[Params], jax.Array]:
+    """optax.contrib.sophia's: the loss itself, which that transformation differentiates."""
+    return lambda p: forward.loss(p, batch)
 
 
-# Those that take second derivatives, of `Forward.loss`.
-SECOND_ORDER = (hutchinson, curvature_loss)
+GAUSS_NEWTON = Curvature(gauss_newton, second_order=False)
+HUTCHINSON = Curvature(hutchinson)
+
+# --- the transformations --------------------------------------------------------------------------
 
 
 def is_matrix(params: Params) -> Params:
@@ -76,8 +94,9 @@ def sophia(
     h: Hyperparameters,
     schedule: optax.Schedule,
     target: Callable[[float], Any] = sophia_optax.win_rate_target,
+    **options: Any,
 ) -> optax.GradientTransformation:
-    """Sophia-G or Sophia-H, as `make` says; they differ in the curvature that they are given."""
+    """Sophia-G or Sophia-H, as `make` says; `options` are keywords of that."""
     return make(
         schedule,
         b1=h.b1,
@@ -86,13 +105,13 @@ def sophia(
         update_interval=h.update_interval,
         weight_decay=h.weight_decay,
         mask=is_matrix,
-        absolute_curvature=h.absolute_curvature,
+        **options,
     )
 
 
 def contrib_sophia(h: Hyperparameters, schedule: optax.Schedule) -> optax.GradientTransformation:
     """Optax's own Sophia: Hutchinson's estimator with random signs, used a refresh late."""
-    return optax.contrib.sophia(
+    tx = optax.contrib.sophia(
         schedule,
         b1=h.b1,
         b2=h.b2,
@@ -101,6 +120,13 @@ def contrib_sophia(h: Hyperparameters, schedule: optax.Schedule) -> optax.Gradie
         weight_decay=h.weight_decay,
         weight_decay_mask=is_matrix,
     )
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, hessian_fn: Any, **extra_args: Any
+    ) -> Any:
+        return tx.update(updates, state, params, obj_fn=hessian_fn)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
 def lion(h: Hyperparameters, schedule: optax.Schedule) -> optax.GradientTransformation:
@@ -144,70 +170,117 @@ def muon(h: Hyperparameters, schedule: optax.Schedule) -> optax.GradientTransfor
     )
 
 
-@dataclass(frozen=True)
+# --- the table ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
 class Optimizer:
     """A row of the table.
 
     Attributes:
       build: the transformation, from hyperparameters and a schedule.
-      extra_args: what its `update` takes beside the gradients.
-      whole_batch: whether its curvature comes from the whole batch rather than a part of it.
-      tiny: the hyperparameters for the tiny model, for AdamW, Sophia-G and Sophia-H the best of
-        twelve tries each (tune.py, benchmarks/results/lm_tuning.jsonl).
+      tiny: the hyperparameters for the tiny model. Those of AdamW, Sophia-G and Sophia-H with the
+        paper's h are the best of twelve tries each (benchmarks/results/lm_tuning.jsonl).
       large: those for GPT-2, from the paper.
+      curvature: how the curvature is estimated, or None for optimizers that take gradients only.
+      grid: where tuning starts: the first values of each hyperparameter, which are on the ladders
+        of `tune.LADDERS`, in the order in which their neighbours are tried. Those that are not in
+        it keep the values of `tiny`. Empty for an optimizer that is not tuned.
     """
 
     build: Callable[[Hyperparameters, optax.Schedule], optax.GradientTransformation]
-    extra_args: Callable[[Forward, Params, Batch], dict[str, Any]]
     tiny: Hyperparameters
     large: Hyperparameters
-    whole_batch: bool = False
+    curvature: Curvature | None = None
+    grid: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
+
+sophia_g = functools.partial(sophia, sophia_optax.sophia_g)
+sophia_h = functools.partial(sophia, sophia_optax.sophia_h)
 
 OPTIMIZERS = {
     "adamw": Optimizer(
         adamw,
-        no_curvature,
         tiny=Hyperparameters(1e-2, b1=0.8, b2=0.95, weight_decay=0.1, warmup=0.1),
         large=Hyperparameters(6e-4, b1=0.9, b2=0.95, weight_decay=0.1, warmup=0.02),
+        grid={
+            "learning_rate": (8e-3, 1.5e-2),
+            "b1": (0.8, 0.9),
+            "warmup": (0.05, 0.1),
+            "b2": (0.95,),
+        },
     ),
     "sophia_g": Optimizer(
-        functools.partial(sophia, sophia_optax.sophia_g),
-        gauss_newton,
+        sophia_g,
         tiny=Hyperparameters(4e-3, b1=0.8, b2=0.99, gamma=0.2, weight_decay=0.1, warmup=0.2),
         large=Hyperparameters(4e-4, b1=0.965, b2=0.99, gamma=0.05, weight_decay=0.2, warmup=0.02),
+        curvature=GAUSS_NEWTON,
+        grid={
+            "learning_rate": (3e-3, 6e-3),
+            "gamma": (0.1, 0.5),
+            "b1": (0.7, 0.8),
+            "warmup": (0.2,),
+        },
     ),
     "sophia_h": Optimizer(
-        functools.partial(sophia, sophia_optax.sophia_h),
-        hutchinson,
+        sophia_h,
+        tiny=Hyperparameters(6e-3, b1=0.7, b2=0.99, gamma=0.02, weight_decay=0.1, warmup=0.05),
+        large=Hyperparameters(4e-4, b1=0.965, b2=0.99, gamma=0.01, weight_decay=0.2, warmup=0.02),
+        curvature=HUTCHINSON,
+        grid={
+            "learning_rate": (4e-3, 8e-3),
+            "gamma": (0.02, 0.05),
+            "b1": (0.7, 0.8),
+            "warmup": (0.05,),
+        },
+    ),
+    # h instead of |h|: a coordinate whose h is negative takes a sign step.
+    "sophia_h_paper": Optimizer(
+        functools.partial(sophia_h, absolute_curvature=False),
         tiny=Hyperparameters(6e-3, b1=0.7, b2=0.99, gamma=0.02, weight_decay=0.1, warmup=0.2),
         large=Hyperparameters(4e-4, b1=0.965, b2=0.99, gamma=0.01, weight_decay=0.2, warmup=0.02),
+        curvature=HUTCHINSON,
+        grid={
+            "learning_rate": (4e-3, 8e-3),
+            "gamma": (0.02, 0.05),
+            "b1": (0.7, 0.8),
+            "warmup": (0.2,),
+        },
     ),
     "contrib_sophia": Optimizer(
         contrib_sophia,
-        curvature_loss,
         tiny=Hyperparameters(2e-3, b1=0.9, b2=0.99, gamma=0.02, weight_decay=0.1, warmup=0.2),
         large=Hyperparameters(4e-4, b1=0.965, b2=0.99, gamma=0.01, weight_decay=0.2, warmup=0.02),
-        whole_batch=True,
+        curvature=Curvature(curvature_loss, whole_batch=True),
+        grid={
+            "learning_rate": (1e-3, 2e-3),
+            "gamma": (0.02, 0.1),
+            "b1": (0.8, 0.9),
+            "warmup": (0.2,),
+        },
     ),
     "lion": Optimizer(
         lion,
-        no_curvature,
         tiny=Hyperparameters(1e-3, b1=0.9, b2=0.99, weight_decay=0.1, warmup=0.1),
         large=Hyperparameters(1e-4, b1=0.9, b2=0.99, weight_decay=0.5, warmup=0.02),
+        grid={
+            "learning_rate": (1e-3, 2e-3),
+            "b1": (0.8, 0.9),
+            "warmup": (0.05, 0.1),
+            "b2": (0.99,),
+        },
     ),
     "muon": Optimizer(
         muon,
-        no_curvature,
         tiny=Hyperparameters(1e-2, b1=0.9, b2=0.95, weight_decay=0.1, warmup=0.05),
         large=Hyperparameters(6e-4, b1=0.9, b2=0.95, weight_decay=0.1, warmup=0.02),
     ),
 }
 
 
-def hyperparameters(config: TrainConfig) -> Hyperparameters:
+def hyperparameters(config: TrainConfig, row: Optimizer | None = None) -> Hyperparameters:
     """The run's hyperparameters: what was set, and the optimizer's defaults for the rest."""
-    row = lookup(OPTIMIZERS, config.optimizer, "optimizer")
+    row = row or lookup(OPTIMIZERS, config.optimizer, "optimizer")
     defaults = row.large if config.model.startswith("gpt2") else row.tiny
     fields = [f.name for f in dataclasses.fields(Hyperparameters)]
     given = {name: getattr(config, name) for name in fields if getattr(config, name) is not None}
@@ -218,20 +291,20 @@ def hyperparameters(config: TrainConfig) -> Hyperparameters:
     return dataclasses.replace(defaults, **given)
 
 
-def learning_rate_schedule(h: Hyperparameters, steps: int) -> optax.Schedule:
-    """Linear warm-up, then a cosine down to a twentieth of the peak."""
-    warmup = max(1, round(h.warmup * steps))
-    return optax.warmup_cosine_decay_schedule(
-        0.0, h.learning_rate, warmup, max(steps, warmup + 1), 0.05 * h.learning_rate
-    )
+def learning_rate(step: Any, peak: Any, warmup: Any, steps: Any) -> jax.Array:
+    """Linear warm-up over `warmup * steps` steps, then a cosine down to a twentieth of the peak."""
+    rising = jnp.maximum(1.0, jnp.round(jnp.asarray(warmup * steps)))
+    falling = jnp.clip((step - rising) / jnp.maximum(steps - rising, 1.0), 0.0, 1.0)
+    decayed = 0.05 + 0.95 * 0.5 * (1 + jnp.cos(jnp.pi * falling))
+    return peak * jnp.where(step < rising, step / rising, decayed)
 
 
 def build(
-    config: TrainConfig,
+    row: Optimizer, h: Hyperparameters, steps: Any
 ) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule]:
-    """The run's transformation, clipping included, and its learning rate by step."""
-    h = hyperparameters(config)
-    schedule = learning_rate_schedule(h, config.steps)
-    row = lookup(OPTIMIZERS, config.optimizer, "optimizer")
-    clip = optax.clip_by_global_norm(h.clip_norm)
-    return optax.chain(clip, row.build(h, schedule)), schedule
+    """A run's transformation, clipping included, and its learning rate by step.
+
+    The hyperparameters and the number of steps may be traced.
+    """
+    schedule = functools.partial(learning_rate, peak=h.learning_rate, warmup=h.warmup, steps=steps)
+    return optax.chain(optax.clip_by_global_norm(h.clip_norm), row.build(h, schedule)), schedule

@@ -1,6 +1,7 @@
 """What a run would cost on a TPU pod that is not there, by compiling its real step for it."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import math
@@ -13,20 +14,14 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
 from examples.lm import hlo, mesh
-from examples.lm.config import (
-    MODELS,
-    MeshConfig,
-    TrainConfig,
-    UsageError,
-    lookup,
-)
+from examples.lm.config import MODELS, MeshConfig, TrainConfig, UsageError, lookup
 from examples.lm.optimizers import OPTIMIZERS
-from examples.lm.train import Trainer, check
+from examples.lm.run import Run, resolve
+from examples.lm.train import Trainer
 
 GIB = 2**30
 
@@ -143,27 +138,49 @@ def run_config(config: PlanConfig, optimizer: str, chips: int) -> TrainConfig:
     )
 
 
+def trainer_of(run: Run, unroll: bool = False) -> Trainer:
+    """The run's trainer, with a vocabulary of bytes where the model does not name one."""
+    return Trainer(run.with_vocabulary(run.model.vocab_size or 256), unroll=unroll)
+
+
 def lowered_step(
-    config: TrainConfig, device_mesh: Mesh, refresh: bool | None = None, unroll: bool = False
+    run: Run, refresh: bool | None = None, unroll: bool = False
 ) -> tuple[Trainer, Any]:
-    """The run's own training step, traced for the mesh."""
-    vocab_size = MODELS[config.model].vocab_size or 256
-    trainer = Trainer(config, device_mesh, vocab_size, unroll=unroll)
-    state = trainer.abstract_sharded_state()
-    shape = config.batch_size, trainer.model.context + 1
-    batch = jax.ShapeDtypeStruct(shape, np.int32, sharding=mesh.batch_sharding(device_mesh))
-    return trainer, trainer.lower(state, batch, refresh)
+    """The run's own training step, traced for its mesh."""
+    trainer = trainer_of(run, unroll)
+    shape = run.config.batch_size, run.model.context + 1
+    batch = jax.ShapeDtypeStruct(shape, np.int32, sharding=mesh.batch_sharding(run.mesh))
+    return trainer, trainer.lower(trainer.abstract_sharded_state(), batch, refresh)
 
 
-def flops(config: TrainConfig, refresh: bool | None = None) -> float:
+@functools.cache
+def flops(run: Run, refresh: bool | None = None) -> float:
     """XLA's count for a step over all chips; of a branch it counts the costlier side.
 
     It counts a loop's body once, so layers and microbatches are laid out flat for it, on one
     device: the sum is the same.
     """
-    flat = dataclasses.replace(config, accumulate=1, mesh=MeshConfig(1, 1, 1))
-    device_mesh = mesh.make_mesh(flat.mesh, jax.devices("cpu")[:1])
-    return lowered_step(flat, device_mesh, refresh, unroll=True)[1].cost_analysis()["flops"]
+    flat = dataclasses.replace(
+        run,
+        config=dataclasses.replace(run.config, accumulate=1),
+        mesh=mesh.make_mesh(MeshConfig(1, 1, 1), jax.devices("cpu")[:1]),
+    )
+    return lowered_step(flat, refresh, unroll=True)[1].cost_analysis()["flops"]
+
+
+def step_flops(run: Run) -> dict[str, float]:
+    """Those of a step over all chips, without and with a refresh and on average."""
+    plain = refresh = flops(run)
+    if run.optimizer.curvature and trainer_of(run).is_sophia:
+        plain = flops(run, refresh=False)
+    elif run.optimizer.curvature:  # what AdamW itself computes is nothing compared with a gradient
+        plain = flops(dataclasses.replace(run, optimizer=OPTIMIZERS["adamw"]))
+    interval = run.hyperparameters.update_interval
+    return {
+        "flops_step": plain,
+        "flops_refresh_step": refresh,
+        "flops_average": plain + (refresh - plain) / interval,
+    }
 
 
 def shard_bytes(tree: Any) -> int:
@@ -183,9 +200,9 @@ def compile_or_need(lowered: Any) -> tuple[Any, int]:
         return None, int(float(needed[1]) * UNITS[needed[2]])
 
 
-def cost(config: TrainConfig, device_mesh: Mesh, memory: int) -> dict[str, Any]:
+def cost(run: Run, memory: int) -> dict[str, Any]:
     """One optimizer's numbers, per chip. Those of a program that does not fit are its needs."""
-    trainer, lowered = lowered_step(config, device_mesh)
+    trainer, lowered = lowered_step(run)
     program, temporaries = compile_or_need(lowered)
     state = trainer.abstract_sharded_state()
     params, opt_state = shard_bytes(state.params), shard_bytes(state.opt_state)
@@ -195,23 +212,13 @@ def cost(config: TrainConfig, device_mesh: Mesh, memory: int) -> dict[str, Any]:
         temporaries = analysis.temp_size_in_bytes
         held = analysis.argument_size_in_bytes + analysis.output_size_in_bytes
         peak = held - analysis.alias_size_in_bytes + temporaries
-    chips = device_mesh.size
-    refresh_flops = flops(config) / chips
-    if trainer.is_sophia:
-        plain_flops = flops(config, refresh=False) / chips
-    elif trainer.has_curvature:  # what AdamW itself computes is nothing beside a gradient
-        plain_flops = flops(dataclasses.replace(config, optimizer="adamw")) / chips
-    else:
-        plain_flops = refresh_flops
     return {
         "params_bytes": params,
         "state_bytes": opt_state,
         "temp_bytes": temporaries,
         "peak_bytes": peak,
         "hbm_bytes": memory,
-        "flops_step": plain_flops,
-        "flops_refresh_step": refresh_flops,
-        "flops_average": plain_flops + (refresh_flops - plain_flops) / config.update_interval,
+        **{name: count / run.mesh.size for name, count in step_flops(run).items()},
         "collectives": hlo.collective_traffic(program.as_text()) if program else {},
     }
 
@@ -227,14 +234,14 @@ def plan(config: PlanConfig) -> None:
     jax.config.update("jax_platforms", "cpu")  # nothing here runs on an accelerator
     devices, memory = pod(config.topology)
     console = Console()
-    device_mesh = mesh.make_mesh(layout(config, len(devices)), devices)
-    runs = {name: run_config(config, name, len(devices)) for name in config.optimizer}
-    for run in runs.values():
-        check(run, device_mesh)
+    runs = {
+        name: resolve(run_config(config, name, len(devices)), devices=devices)
+        for name in config.optimizer
+    }
     costs = {}
     for name, run in runs.items():
         console.print(f"compiling {config.model} with {name} for {config.topology} ...")
-        costs[name] = cost(run, device_mesh, memory)
+        costs[name] = cost(run, memory)
     console.print(table(runs, costs, config))
     if config.json:
         Path(config.json).write_text(json.dumps(costs, indent=2) + "\n")
@@ -244,23 +251,29 @@ def plan(config: PlanConfig) -> None:
             "\n".join(
                 f"{config.model} with {name} does not fit on {config.topology}: it needs "
                 f"{row['peak_bytes'] / GIB:.2f} GiB of {memory / GIB:.0f} a chip. "
-                + advice(runs[name], row, len(devices))
+                + advice(runs[name], row)
                 for name, row in too_large.items()
             )
         )
 
 
-def advice(run: TrainConfig, row: dict[str, Any], chips: int) -> str:
+def takes_whole_batch(run: Run) -> bool:
+    """Whether its curvature is that of the whole batch."""
+    curvature = run.optimizer.curvature
+    return curvature is not None and curvature.whole_batch
+
+
+def advice(run: Run, row: dict[str, Any]) -> str:
     """What would make a step fit."""
     standing = row["peak_bytes"] - row["temp_bytes"]
     room = row["hbm_bytes"] - standing
     if room <= 0:
         return "Params and state alone are too large: take more chips, or a larger --mesh.fsdp."
-    batch = run.batch_size // chips
-    whole_batch = OPTIMIZERS[run.optimizer].whole_batch
-    together = batch if whole_batch else batch // run.accumulate
+    batch = run.config.batch_size // run.mesh.size
+    whole_batch = takes_whole_batch(run)
+    together = batch if whole_batch else batch // run.config.accumulate
     fits = int(together * 0.9 * room / row["temp_bytes"])  # some of it does not shrink
-    remat = "" if run.remat else " or --remat True"
+    remat = "" if run.config.remat else " or --remat True"
     if not fits:
         return f"A single sequence a chip is too much: try a larger --mesh.tensor{remat}."
     if whole_batch:
@@ -269,12 +282,10 @@ def advice(run: TrainConfig, row: dict[str, Any], chips: int) -> str:
     return f"Try --accumulate {accumulate}{remat}."
 
 
-def table(
-    runs: dict[str, TrainConfig], costs: dict[str, dict[str, Any]], config: PlanConfig
-) -> Table:
+def table(runs: dict[str, Run], costs: dict[str, dict[str, Any]], config: PlanConfig) -> Table:
     """The numbers side by side."""
-    run = next(iter(runs.values()))
-    whole = [name for name in runs if OPTIMIZERS[name].whole_batch]
+    run = next(iter(runs.values())).config
+    whole = [name for name in runs if takes_whole_batch(runs[name])]
     out = Table(
         title=f"{config.model} on {config.topology}, per chip",
         caption=(

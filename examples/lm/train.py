@@ -1,5 +1,7 @@
 """The training step, compiled for a mesh."""
 
+import copy
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -7,12 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
 
 import sophia_optax
 from examples.lm import mesh, optimizers
-from examples.lm.config import TrainConfig, UsageError, curvature_size, model_config
 from examples.lm.model import Transformer, compute_dtype
+from examples.lm.run import Run
 
 Metrics = dict[str, jax.Array]
 
@@ -31,60 +32,69 @@ def microbatches(batch_BxL: jax.Array, count: int) -> jax.Array:
 
 
 class Trainer:
-    """The compiled functions of one run: `init`, `step`, `evaluate`.
+    """The compiled functions of one run, or of several that differ in their hyperparameters.
 
     Attributes:
-      init: () -> TrainState, every array born in its sharding.
+      run: what is trained.
+      traced: whether hyperparameters and the number of steps are arguments of the compiled step,
+        so that `at` gives trainers for other values without compiling again.
+      init: (seed) -> TrainState, every array born in its sharding; the run's seed if left out.
       evaluate: (params, windows [B, L + 1]) -> the mean loss, a scalar.
     """
 
-    def __init__(
-        self, config: TrainConfig, device_mesh: Mesh, vocab_size: int, *, unroll: bool = False
-    ):
-        self.config, self.mesh, self.unroll = config, device_mesh, unroll
-        self.model = model_config(config, vocab_size)
-        self.tx, self.schedule = optimizers.build(config)
-        row = optimizers.OPTIMIZERS[config.optimizer]
-        self.extra_args = row.extra_args
-        self.curvature_size = config.batch_size if row.whole_batch else curvature_size(config)
-        self.has_curvature = self.extra_args is not optimizers.no_curvature
-        self.is_sophia = self.extra_args in (optimizers.gauss_newton, optimizers.hutchinson)
-        self.dtype = compute_dtype(device_mesh.devices.flat[0].platform)
+    def __init__(self, run: Run, *, traced: bool = False, unroll: bool = False):
+        self.run, self.traced, self.unroll = run, traced, unroll
+        self.point = traced_values(run) if traced else {}
+        self.dtype = compute_dtype(run.mesh.devices.flat[0].platform)
         self.structure = nnx.split(self.abstract_model(), nnx.Param)[0]
         # cuDNN's kernel has no derivative of its derivative; XLA's attention has.
         self.forward = optimizers.Forward(
             self.logits, functools.partial(self.loss, attention="xla")
         )
-
         self.abstract_state = jax.eval_shape(self.new_state)
-        self.shardings = mesh.shardings(device_mesh, self.abstract_state)
-        batch = mesh.batch_sharding(device_mesh)
+        self.is_sophia = has_sophia(self.abstract_state.opt_state)
+        self.shardings = mesh.shardings(run.mesh, self.abstract_state)
+        batch, replicated = mesh.batch_sharding(run.mesh), mesh.replicated(run.mesh)
         self.init = jax.jit(self.new_state, out_shardings=self.shardings)
         self.evaluate = jax.jit(
-            self.loss,
-            in_shardings=(self.shardings.params, batch),
-            out_shardings=mesh.replicated(device_mesh),
+            self.loss, in_shardings=(self.shardings.params, batch), out_shardings=replicated
         )
         self._step = jax.jit(
             self.train_step,
-            static_argnums=2,
+            static_argnums=3,
             donate_argnums=0,
-            in_shardings=(self.shardings, batch),
-            out_shardings=(self.shardings, mesh.replicated(device_mesh)),
+            in_shardings=(self.shardings, batch, replicated),
+            out_shardings=(self.shardings, replicated),
         )
+
+    def at(self, run: Run) -> "Trainer":
+        """This trainer for a run with another seed and, if traced, steps and hyperparameters."""
+        other = copy.copy(self)
+        other.run, other.point = run, traced_values(run) if self.traced else {}
+        return other
 
     def abstract_model(self) -> Transformer:
         """The model's structure, without its numbers."""
-        return nnx.eval_shape(lambda: Transformer(self.model, nnx.Rngs(0)))
+        return nnx.eval_shape(lambda: Transformer(self.run.model, nnx.Rngs(0)))
 
-    def new_state(self) -> TrainState:
+    def optimizer(
+        self, point: dict[str, jax.Array]
+    ) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule]:
+        """The transformation and the schedule, at traced values or at the run's own."""
+        given = dict(point)
+        steps = given.pop("steps", self.run.config.steps)
+        h = dataclasses.replace(self.run.hyperparameters, **given)
+        return optimizers.build(self.run.optimizer, h, steps)
+
+    def new_state(self, seed: Any = None) -> TrainState:
         """The state before the first step."""
-        params = nnx.state(Transformer(self.model, nnx.Rngs(self.config.seed)), nnx.Param)
-        return TrainState(jnp.zeros((), jnp.int32), params, self.tx.init(params))
+        key = jax.random.key(self.run.config.seed if seed is None else seed)
+        params = nnx.state(Transformer(self.run.model, nnx.Rngs(params=key)), nnx.Param)
+        return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer({})[0].init(params))
 
     def lower(self, state: TrainState, batch: jax.Array, refresh: bool | None) -> Any:
         """The step before compilation, for shapes in place of arrays."""
-        return self._step.lower(state, batch, refresh)
+        return self._step.lower(state, batch, self.point, refresh)
 
     def abstract_sharded_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state: what a checkpoint is read into."""
@@ -101,10 +111,10 @@ class Trainer:
         return nnx.merge(self.structure, params)(
             tokens_BxL,
             dtype=self.dtype,
-            attention=attention or self.config.attention,
-            remat=self.config.remat,
+            attention=attention or self.run.config.attention,
+            remat=self.run.config.remat,
             unroll=self.unroll,
-            mesh=self.mesh,
+            mesh=self.run.mesh,
         )
 
     def loss(
@@ -117,74 +127,78 @@ class Trainer:
 
     def loss_and_gradient(self, params: nnx.State, batch_BxL: jax.Array) -> tuple[jax.Array, Any]:
         """The batch's, by way of its microbatches, one in memory at a time."""
-        gradient = jax.value_and_grad(self.loss)
-        if self.config.accumulate == 1:
+        gradient, count = jax.value_and_grad(self.loss), self.run.config.accumulate
+        if count == 1:
             return gradient(params, batch_BxL)
 
         def add(total: Any, part: jax.Array) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, gradient(params, part)), None
 
         zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
-        total, _ = jax.lax.scan(add, zeros, microbatches(batch_BxL, self.config.accumulate))
-        return jax.tree.map(lambda x: x / self.config.accumulate, total)
+        total, _ = jax.lax.scan(add, zeros, microbatches(batch_BxL, count))
+        return jax.tree.map(lambda x: x / count, total)
 
     def train_step(
-        self, state: TrainState, batch_BxL: jax.Array, refresh: bool | None = None
+        self,
+        state: TrainState,
+        batch_BxL: jax.Array,
+        point: dict[str, jax.Array],
+        refresh: bool | None = None,
     ) -> tuple[TrainState, Metrics]:
-        """One step of the optimizer, with one curvature estimate where it is due."""
+        """One step of the optimizer, with one curvature estimate where it is due.
+
+        Args:
+          state: changed by the step.
+          batch_BxL: windows.
+          point: hyperparameters and the number of steps; the run's own where left out.
+          refresh: whether the curvature is estimated; None decides on the device.
+        """
+        tx, schedule = self.optimizer(point)
         loss, grads = self.loss_and_gradient(state.params, batch_BxL)
-        extra_args = {}
-        if self.has_curvature:
-            part = sophia_optax.curvature_batch(batch_BxL, self.curvature_size)
-            extra_args = self.extra_args(self.forward, state.params, part)
-        if self.is_sophia:
-            extra_args["refresh"] = refresh
-        updates, opt_state = self.tx.update(grads, state.opt_state, state.params, **extra_args)
+        extra_args: dict[str, Any] = {}
+        if self.run.optimizer.curvature:
+            part = sophia_optax.curvature_batch(batch_BxL, self.run.curvature_batch)
+            estimator = self.run.optimizer.curvature.estimator
+            hessian_fn = estimator(self.forward, state.params, part)
+            extra_args = {"hessian_fn": hessian_fn, "refresh": refresh}
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, **extra_args)
         metrics = {
             "loss": loss,
             "grad_norm": optax.tree.norm(grads),
-            "learning_rate": self.schedule(state.step),
+            "learning_rate": schedule(state.step),
+            **self.diagnostics(opt_state),
         }
-        if self.is_sophia:
-            found = sophia_optax.diagnostics(opt_state)
-            metrics |= {"win_rate": found.win_rate, "gamma": found.gamma}
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state), metrics
 
+    def diagnostics(self, opt_state: optax.OptState) -> Metrics:
+        """What the optimizer's state says about the run."""
+        if not self.is_sophia:
+            return {}
+        found = sophia_optax.diagnostics(opt_state)
+        return {"win_rate": found.win_rate, "gamma": found.gamma}
+
     def refreshes_at(self, step: int) -> bool:
         """Whether that step estimates the curvature."""
-        return self.has_curvature and step % self.config.update_interval == 0
+        interval = self.run.hyperparameters.update_interval
+        return self.run.optimizer.curvature is not None and step % interval == 0
 
     def step(self, state: TrainState, batch: jax.Array, number: int) -> tuple[TrainState, Metrics]:
         """The compiled step; `number` is the state's own, known here without asking the device."""
-        on_host = self.config.refresh == "host" and self.is_sophia
-        return self._step(state, batch, self.refreshes_at(number) if on_host else None)
+        on_host = self.run.config.refresh == "host" and self.is_sophia
+        refresh = self.refreshes_at(number) if on_host else None
+        return self._step(state, batch, self.point, refresh)
 
 
-def check(config: TrainConfig, device_mesh: Mesh) -> None:
-    """Tells the user of batches that cannot be cut as asked."""
-    if config.attention == "cudnn" and device_mesh.devices.flat[0].platform != "gpu":
-        raise UsageError("--attention cudnn needs an NVIDIA GPU. Leave it out.")
-    shards = mesh.batch_shards(device_mesh)
-    sizes = {
-        f"--batch-size {config.batch_size} over --accumulate {config.accumulate}": (
-            config.batch_size,
-            config.accumulate * shards,
-        ),
-        f"--curvature-batch {curvature_size(config)}": (curvature_size(config), shards),
-    }
-    if config.batch_size % jax.process_count():
-        raise UsageError(
-            f"--batch-size {config.batch_size} does not divide over {jax.process_count()} "
-            "processes. Choose a multiple."
-        )
-    for what, (size, parts) in sizes.items():
-        if size < 1 or size % parts:
-            raise UsageError(
-                f"{what} does not divide over {shards} device(s). Choose a multiple of {parts}."
-            )
-    if config.batch_size % curvature_size(config):
-        raise UsageError(
-            f"--curvature-batch {curvature_size(config)} does not divide --batch-size "
-            f"{config.batch_size}. Choose a divisor."
-        )
+def has_sophia(opt_state: optax.OptState) -> bool:
+    """Whether an optimizer's state has the library's in it."""
+    sophia = sophia_optax.ScaleBySophiaState
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, sophia))
+    return any(isinstance(node, sophia) for node in nodes)
+
+
+def traced_values(run: Run) -> dict[str, jax.Array]:
+    """The hyperparameters that may change without another compilation, and the number of steps."""
+    values = vars(run.hyperparameters) | {"steps": run.config.steps}
+    del values["update_interval"]  # the host decides by it
+    return {name: jnp.float32(value) for name, value in values.items() if value is not None}

@@ -1,66 +1,129 @@
-"""How the tiny model's hyperparameters were found: the same number of tries for every optimizer.
+"""Tuning: the same number of tries for every optimizer, from a grid to the neighbours of the best.
 
-Each point trains a third of a comparison's steps, with its schedule shortened alike, and is judged
-on the `tune` split, from seeds that no comparison uses. Results are appended to a file as they
-come; points that are in it already are not run again. A best value at an edge of its grid adds a
-grid of the same number of points for every optimizer.
+Hyperparameters lie on ladders. A search starts with a small grid and then climbs: it tries the
+neighbours of the best point so far, one hyperparameter at a time, until its tries are spent. So an
+optimum at the edge of the grid moves the search beyond it, and every optimizer has equal tries.
+
+The command `tune` found the tiny model's hyperparameters. Each point trains a third of a
+comparison's steps, with its schedule shortened alike, and is judged on the `tune` split, from seeds
+that no comparison uses. Results are appended to a file as they come, and none is computed twice.
 """
 
 import dataclasses
 import itertools
 import json
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from examples.lm import data
-from examples.lm.config import TrainConfig
-from examples.lm.loop import fit
-from examples.lm.optimizers import hyperparameters
+from examples.lm.config import TrainConfig, UsageError
+from examples.lm.loop import Result, fit
+from examples.lm.run import Run, resolve
+from examples.lm.train import Trainer
 
-Grid = dict[str, tuple[float, ...]]
+Point = dict[str, float]
+Grid = Mapping[str, tuple[float, ...]]
 
-# Eight points each.
-FIRST: dict[str, Grid] = {
-    "adamw": {
-        "learning_rate": (1e-2, 5e-3, 2e-2, 4e-2),
-        "b1": (0.9, 0.8),
-        "warmup": (0.1,),
-    },
-    "sophia_g": {
-        "learning_rate": (2e-3, 4e-3),
-        "gamma": (0.05, 0.2),
-        "b1": (0.9, 0.8),
-        "warmup": (0.2,),
-    },
-    "sophia_h": {
-        "learning_rate": (2e-3, 4e-3),
-        "gamma": (0.02, 0.1),
-        "b1": (0.9, 0.8),
-        "warmup": (0.2,),
-    },
+# Each hyperparameter's values, ascending.
+LADDERS: dict[str, tuple[float, ...]] = {
+    "learning_rate": tuple(
+        float(f"{m}e{e}") for e in range(-5, 0) for m in (1, 1.5, 2, 3, 4, 6, 8)
+    ),
+    "b1": (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.965, 0.98),
+    "b2": (0.9, 0.95, 0.98, 0.99, 0.995),
+    "gamma": (0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0),
+    "win_rate": (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+    "warmup": (0.02, 0.05, 0.1, 0.2, 0.3, 0.4),
 }
+LADDERS["matrix_learning_rate"] = LADDERS["learning_rate"]
 
-# Four more each, past the edges at which the best values lay.
-SECOND: dict[str, Grid] = {
-    "adamw": {
-        "learning_rate": (1e-2, 1.4e-2),
-        "b1": (0.7,),
-        "warmup": (0.1, 0.2),
-    },
-    "sophia_g": {
-        "learning_rate": (6e-3, 8e-3),
-        "gamma": (0.05,),
-        "b1": (0.8, 0.7),
-        "warmup": (0.2,),
-    },
-    "sophia_h": {
-        "learning_rate": (6e-3, 8e-3),
-        "gamma": (0.02,),
-        "b1": (0.8, 0.7),
-        "warmup": (0.2,),
-    },
-}
+
+def points(grid: Grid) -> list[Point]:
+    """All combinations of a grid's values."""
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def neighbours(point: Point) -> Iterator[Point]:
+    """One value up or down its ladder, one hyperparameter at a time, in the point's order."""
+    for name, value in point.items():
+        ladder = LADDERS[name]
+        index = ladder.index(value)
+        for other in (index + 1, index - 1):
+            if 0 <= other < len(ladder):
+                yield {**point, name: ladder[other]}
+
+
+def search(grid: Grid, tries: int, loss_of: Callable[[Point], float]) -> dict[str, Any]:
+    """Tunes one optimizer.
+
+    Args:
+      grid: the values to begin with, all on the ladders.
+      tries: how many points may be tried; the grid is always tried whole.
+      loss_of: trains at a point; NaN where it diverged.
+
+    Returns:
+      The best point, its loss, how many tries were made, and the names of the hyperparameters in
+      which neighbours of the best point were left untried ("open").
+    """
+    tried: list[tuple[Point, float]] = []
+
+    def attempt(point: Point) -> None:
+        loss = loss_of(point)
+        tried.append((point, math.inf if math.isnan(loss) else loss))
+
+    for point in points(grid):
+        attempt(point)
+    while True:
+        best, loss = min(tried, key=lambda t: t[1])
+        known = [point for point, _ in tried]
+        untried = [point for point in neighbours(best) if point not in known]
+        if not untried or len(tried) >= tries:
+            left = sorted(
+                {name for point in untried for name in point if point[name] != best[name]}
+            )
+            return {"point": best, "loss": loss, "tries": len(tried), "open": left}
+        attempt(untried[0])
+
+
+class Sweep:
+    """Runs of one optimizer at many points, which share one compilation.
+
+    Args:
+      run: what they have in common, with its vocabulary.
+      corpus: their text.
+      make: compiles the trainer, when the first run needs it.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        corpus: data.Corpus,
+        make: Callable[[Run], Trainer] = lambda run: Trainer(run, traced=True),
+    ):
+        self.run, self.corpus, self.make = run, corpus, make
+        self.trainer: Trainer | None = None
+
+    def __call__(self, point: Point, steps: int, seed: int, split: str) -> Result:
+        """Trains once.
+
+        Args:
+          point: the hyperparameters that differ from those of `run`.
+          steps: how long; the schedule's length too.
+          seed: of the params and of the order of the data.
+          split: what the loss is reported on.
+        """
+        self.trainer = self.trainer or self.make(self.run)
+        run = dataclasses.replace(
+            self.run,
+            config=dataclasses.replace(
+                self.run.config, steps=steps, seed=seed, eval_interval=steps
+            ),
+            hyperparameters=dataclasses.replace(self.run.hyperparameters, **point),
+        )
+        return fit(run, self.corpus, split=split, trainer=self.trainer.at(run))
 
 
 @dataclass(frozen=True)
@@ -68,55 +131,51 @@ class TuneConfig:
     """Which optimizers to tune, and where the results are kept.
 
     Attributes:
-      optimizers: names in `FIRST`.
+      optimizers: names in `optimizers.OPTIMIZERS` that have a grid.
       results: a file of one JSON object a line, continued if it exists.
-      seed: of the params, the batches and the noise; comparisons use others.
+      seed: of the params and the batches; comparisons use others.
       steps: of each try.
+      tries: for each optimizer.
     """
 
-    optimizers: tuple[str, ...] = tuple(FIRST)
+    optimizers: tuple[str, ...] = ("adamw", "sophia_g", "sophia_h")
     results: str = "benchmarks/results/lm_tuning.jsonl"
     seed: int = 1000
     steps: int = 500
-
-
-def points(grid: Grid) -> list[dict[str, float]]:
-    """All combinations of a grid's values."""
-    return [dict(zip(grid, p, strict=True)) for p in itertools.product(*grid.values())]
+    tries: int = 16
 
 
 def tune(config: TuneConfig) -> None:
-    """Runs the points that the results file lacks, the optimizers in turn, and prints the best."""
+    """Runs the points that the results file lacks and prints each optimizer's best."""
     path = Path(config.results)
+    runs = {name: resolve(TrainConfig(optimizer=name)) for name in config.optimizers}
+    for name, run in runs.items():
+        if not run.optimizer.grid:
+            raise UsageError(f"{name} has no grid to begin with. Give its row one.")
     path.parent.mkdir(parents=True, exist_ok=True)
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     corpus = data.load("stdlib")
-    queues = [
-        [(name, p) for grid in (FIRST, SECOND) for p in points(grid[name])]
-        for name in config.optimizers
-    ]
-    for name, point in (row for rows in zip(*queues, strict=True) for row in rows):
-        key = {"optimizer": name, "seed": config.seed, "steps": config.steps, **point}
-        if any(key.items() <= row.items() for row in done):
-            continue
-        run = TrainConfig(
-            optimizer=name,
-            seed=config.seed,
-            steps=config.steps,
-            eval_interval=config.steps,
-            **point,
+    for name, run in runs.items():
+        sweep = Sweep(run.with_vocabulary(corpus.vocab_size), corpus)
+
+        def loss_of(point: Point, name: str = name, sweep: Sweep = sweep) -> float:
+            key = {"optimizer": name, "seed": config.seed, "steps": config.steps, **point}
+            found = next((row for row in done if key.items() <= row.items()), None)
+            if found is None:
+                result = sweep(point, config.steps, config.seed, "tune")
+                found = {
+                    **dataclasses.asdict(sweep.run.hyperparameters),
+                    **key,
+                    "tune_loss": result.validation_loss,
+                    "win_rate": result.win_rate,
+                }
+                done.append(found)
+                with path.open("a") as file:
+                    file.write(json.dumps(found) + "\n")
+                print(json.dumps(found), flush=True)
+            return found["tune_loss"]
+
+        print(
+            "best:",
+            json.dumps({"optimizer": name, **search(run.optimizer.grid, config.tries, loss_of)}),
         )
-        result = fit(run, corpus, split="tune")
-        row: dict[str, Any] = {
-            **key,
-            **dataclasses.asdict(hyperparameters(run)),
-            "tune_loss": result.validation_loss,
-            "win_rate": result.win_rate,
-        }
-        done.append(row)
-        with path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(json.dumps(row), flush=True)
-    for name in config.optimizers:
-        rows = [r for r in done if r["optimizer"] == name and r["seed"] == config.seed]
-        print("best:", json.dumps(min(rows, key=lambda row: row["tune_loss"])))

@@ -1,4 +1,4 @@
-"""What `benchmarks.programs` reads out of compiled and traced programs."""
+"""What `benchmarks.lib.programs` reads out of compiled and traced programs."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import optax
 import pytest
 
 import sophia_optax
-from benchmarks import programs
+from benchmarks.lib import programs
 
 # Of 256 bytes each: %a and a quarter of %b are copied to memory on the chip and read there with
 # %b, to make %c; three rounds of a loop read and write it; the other branch would copy it.

@@ -17,7 +17,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import sophia_optax
-from benchmarks import programs
+from benchmarks.lib import programs
 from examples.lm import mesh, plan
 from examples.lm.__main__ import main
 from examples.lm.config import MODELS, ModelConfig

@@ -1,12 +1,15 @@
 """The fused attention kernel: who runs on it, who goes around it, and who is told."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 from rich.console import Console
 
-from examples.lm import compare, data, mesh
-from examples.lm.config import MODELS, MeshConfig, TrainConfig
+from examples.lm import compare, data
+from examples.lm.config import MODELS, TrainConfig
+from examples.lm.run import resolve
 from examples.lm.train import Trainer
 from tests.trainer import worker
 
@@ -38,11 +41,11 @@ def kernels(monkeypatch):
     return calls
 
 
-def trainer_of(optimizer, attention):
-    config = TrainConfig(
-        model="micro", batch_size=4, optimizer=optimizer, attention=attention, warmup=0.0
-    )
-    return Trainer(config, mesh.make_mesh(MeshConfig(), jax.devices()[:1]), vocab_size=256)
+def run_with_the_kernel(optimizer):
+    """What `resolve` would make of `--attention cudnn` on a GPU."""
+    config = TrainConfig(model="micro", batch_size=4, optimizer=optimizer, warmup=0.0)
+    run = resolve(config, devices=jax.devices()[:1])
+    return dataclasses.replace(run, config=dataclasses.replace(config, attention="cudnn"))
 
 
 BATCH = np.random.default_rng(0).integers(0, 256, (4, 17))
@@ -60,15 +63,15 @@ BATCH = np.random.default_rng(0).integers(0, 256, (4, 17))
 def test_curvature_goes_around_the_kernel_only_where_it_takes_second_derivatives(
     optimizer, expected, kernels
 ):
-    trainer = trainer_of(optimizer, "cudnn")
+    trainer = Trainer(run_with_the_kernel(optimizer))
     trainer.lower(trainer.abstract_sharded_state(), BATCH, None)
     assert set(kernels) == expected
 
 
 @pytest.mark.parametrize(("optimizer", "said"), [("sophia_h", True), ("sophia_g", False)])
 def test_the_detour_is_said(optimizer, said, capsys, tmp_path):
-    config = TrainConfig(optimizer=optimizer, attention="cudnn")
+    run = run_with_the_kernel(optimizer)
     tokens = np.zeros(3, np.uint8)
     corpus = data.Corpus(tokens, tokens, tokens, 256)
-    compare.describe(Console(width=200), config, {optimizer: config}, corpus, tmp_path)
+    compare.describe(Console(width=200), run.config, {optimizer: run}, corpus, tmp_path)
     assert ("through XLA's attention" in capsys.readouterr().out) == said

@@ -6,9 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from examples.lm import flops, loop, mesh
-from examples.lm.config import MODELS, MeshConfig, ModelConfig, TrainConfig
+from examples.lm import flops, loop
+from examples.lm.config import MODELS, ModelConfig, TrainConfig
 from examples.lm.data import Corpus
+from examples.lm.run import resolve
 from examples.lm.train import Trainer
 from tests.trainer import worker
 
@@ -22,8 +23,7 @@ def test_xla_counts_about_as_much_in_a_gradient(monkeypatch):
     model = ModelConfig(layers=2, width=64, heads=4, context=64, vocab_size=256)
     monkeypatch.setitem(MODELS, "micro", model)
     config = TrainConfig(model="micro", batch_size=8, optimizer="adamw")
-    device_mesh = mesh.make_mesh(MeshConfig(), jax.devices()[:1])
-    trainer = Trainer(config, device_mesh, 256, unroll=True)
+    trainer = Trainer(resolve(config, devices=jax.devices()[:1]), unroll=True)
     params, batch = trainer.abstract_state.params, jax.ShapeDtypeStruct((8, 65), np.int32)
     counted = jax.jit(trainer.loss_and_gradient).lower(params, batch).cost_analysis()["flops"]
     assert counted / (8 * 64) == pytest.approx(flops.per_token(model), rel=0.15)
@@ -61,8 +61,8 @@ def test_utilization_is_logged_where_it_is_known(monkeypatch, tmp_path):
     text = np.arange(4096, dtype=np.uint16) % 256
     config = TrainConfig(model="micro", optimizer="adamw", steps=2, batch_size=8, eval_batches=1)
     with worker.quick_compilation(tmp_path):
-        device_mesh = mesh.make_mesh(MeshConfig(), jax.devices()[:1])
-        result = loop.fit(config, Corpus(text, text, text, 256), device_mesh=device_mesh)
+        run = resolve(config, devices=jax.devices()[:1])
+        result = loop.fit(run, Corpus(text, text, text, 256))
     line = result.records[0]
     expected = line["tokens_per_second"] * flops.per_token(worker.MICRO) / 1e12
     assert line["mfu"] == pytest.approx(expected)

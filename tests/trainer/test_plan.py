@@ -14,6 +14,7 @@ from examples.lm import hlo, plan
 from examples.lm.__main__ import main
 from examples.lm.config import MODELS, MeshConfig, ModelConfig
 from examples.lm.model import parameter_count
+from examples.lm.run import resolve
 
 # An inner loop of 2 rounds, as its counter goes to 4 in steps of 2, in an outer loop of 12, as XLA
 # notes; a pair of start and done; a result that is a tuple; a fusion that goes on with a collective
@@ -202,7 +203,9 @@ def small_preset(monkeypatch):
 
 def small_flops(optimizer, refresh=None, **fields):
     config = plan.PlanConfig(model="small", batch_per_chip=16, **fields)
-    return plan.flops(plan.run_config(config, optimizer, chips=2), refresh)
+    return plan.flops(
+        resolve(plan.run_config(config, optimizer, 2), devices=jax.devices()[:2]), refresh
+    )
 
 
 def test_flops_are_those_of_the_matrices_and_of_attention_in_every_layer():
@@ -231,7 +234,8 @@ TOO_LARGE = {"peak_bytes": 20 * plan.GIB, "temp_bytes": 16 * plan.GIB, "hbm_byte
 
 def advice(optimizer="sophia_g", row=TOO_LARGE, **fields):
     config = plan.PlanConfig(**fields)
-    return plan.advice(plan.run_config(config, optimizer, chips=4), row, chips=4)
+    run = resolve(plan.run_config(config, optimizer, chips=4), devices=jax.devices()[:4])
+    return plan.advice(run, row)
 
 
 def test_what_does_not_fit_is_answered_with_what_would():
@@ -312,8 +316,8 @@ def test_a_program_that_the_compiler_refuses_is_answered_in_one_line(
 ):
     real = plan.lowered_step
 
-    def refused(config, device_mesh, refresh=None, unroll=False):
-        trainer, lowered = real(config, device_mesh, refresh, unroll)
+    def refused(run, refresh=None, unroll=False):
+        trainer, lowered = real(run, refresh, unroll)
         message = "RESOURCE_EXHAUSTED: HLO temporaries (1.50G) exceed available HBM (1.00G)."
         return trainer, lowered if unroll else DoesNotFit(message)
 

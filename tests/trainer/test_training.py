@@ -16,7 +16,8 @@ from examples.lm.__main__ import main
 from examples.lm.config import MODELS, CompareConfig, MeshConfig, ModelConfig, TrainConfig
 from examples.lm.loop import Result, fit
 from examples.lm.model import Transformer, parameter_count
-from examples.lm.optimizers import OPTIMIZERS, build
+from examples.lm.optimizers import OPTIMIZERS, Curvature, Optimizer, build, sophia_g
+from examples.lm.run import resolve
 from examples.lm.train import Trainer
 from tests.trainer import worker
 
@@ -151,14 +152,13 @@ def test_bfloat16_computes_the_logits_to_its_precision_and_returns_float32():
 
 def batch_of(trainer, seed=0):
     rng = np.random.default_rng(seed)
-    shape = trainer.config.batch_size, trainer.model.context + 1
-    return mesh.global_batch(rng.integers(0, 256, shape).astype(np.int32), trainer.mesh)
+    shape = trainer.run.config.batch_size, trainer.run.model.context + 1
+    return mesh.global_batch(rng.integers(0, 256, shape).astype(np.int32), trainer.run.mesh)
 
 
-def trainer_on(devices, mesh_config, **settings):
+def trainer_on(devices, mesh_config, row=None, traced=False, **settings):
     config = TrainConfig(model="micro", batch_size=8, mesh=mesh_config, **settings)
-    device_mesh = mesh.make_mesh(mesh_config, jax.devices()[:devices])
-    return Trainer(config, device_mesh, vocab_size=256)
+    return Trainer(resolve(config, row, jax.devices()[:devices]), traced=traced)
 
 
 def test_accumulated_microbatches_give_the_gradient_of_the_whole_batch():
@@ -190,6 +190,48 @@ def test_eight_devices_step_as_one_does():
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     for x, y in zip(*params, strict=True):
         np.testing.assert_allclose(x, y, rtol=2e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sophia_g", "contrib_sophia"])
+def test_a_step_whose_hyperparameters_are_arguments_is_the_step_of_those_hyperparameters(optimizer):
+    values = {"learning_rate": 3e-3, "b1": 0.6, "warmup": 0.1, "steps": 20}
+    alone = trainer_on(1, MeshConfig(), optimizer=optimizer, **values)
+    shared = trainer_on(1, MeshConfig(), optimizer=optimizer, traced=True).at(alone.run)
+    ends = []
+    for trainer in (alone, shared):
+        state = trainer.init(0)
+        for number in range(3):
+            state, _ = trainer.step(state, batch_of(trainer, number), number)
+        ends.append(without_key_bias(state))
+    for x, y in zip(*ends, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+
+
+def test_other_hyperparameters_and_seeds_do_not_compile_a_traced_step_again():
+    trainer = trainer_on(1, MeshConfig(), optimizer="sophia_g", traced=True)
+    for seed, rate in ((0, 1e-3), (1, 1e-2)):
+        settings = {"optimizer": "sophia_g", "learning_rate": rate, "steps": 20 + seed}
+        other = trainer.at(trainer_on(1, MeshConfig(), **settings).run)
+        _, metrics = other.step(other.init(seed), batch_of(other), 0)
+        assert float(metrics["loss"]) > 0
+    assert trainer._step._cache_size() == trainer.init._cache_size() == 1
+
+
+def test_an_estimator_that_is_in_no_table_gets_its_win_rate_logged_and_the_host_refresh():
+    def unit(forward, params, batch):
+        return lambda key: jax.tree.map(jnp.ones_like, params)
+
+    row = Optimizer(
+        sophia_g, OPTIMIZERS["sophia_g"].tiny, OPTIMIZERS["sophia_g"].large, Curvature(unit)
+    )
+    trainer = trainer_on(1, MeshConfig(), row=row, refresh="host", update_interval=2)
+    state, refreshes = trainer.init(), []
+    for number in range(3):
+        state, metrics = trainer.step(state, batch_of(trainer), number)
+        refreshes.append(int(state.opt_state[1][0].refreshes))
+    assert refreshes == [1, 1, 2]
+    assert trainer._step._cache_size() == 2
+    assert {"win_rate", "gamma"} <= set(metrics)
 
 
 def test_params_and_optimizer_state_are_born_in_shards():
@@ -230,7 +272,7 @@ def test_metrics_are_fetched_a_step_late_so_that_the_device_never_waits(corpus, 
     config = TrainConfig(
         model="micro", optimizer="adamw", steps=4, batch_size=8, log_interval=1, eval_batches=1
     )
-    fit(config, corpus, device_mesh=mesh.make_mesh(MeshConfig(), jax.devices()[:1]), log=log)
+    fit(resolve(config, devices=jax.devices()[:1]), corpus, log=log)
     assert happened == [
         "start 0", "start 1", "log 0", "start 2", "log 1", "start 3", "log 2", "log 3",
     ]  # fmt: skip
@@ -315,9 +357,10 @@ def test_the_linen_example_trains_in_shards_on_eight_devices():
     )
 
 
-@pytest.mark.parametrize("absolute", [True, False])
-def test_negative_curvature_steps_by_its_size_where_the_run_says_so(absolute):
-    tx, _ = build(TrainConfig(optimizer="sophia_h", absolute_curvature=absolute))
+@pytest.mark.parametrize(("name", "absolute"), [("sophia_h", True), ("sophia_h_paper", False)])
+def test_negative_curvature_steps_by_its_size_unless_the_row_is_the_papers(name, absolute):
+    row = OPTIMIZERS[name]
+    tx, _ = build(row, row.tiny, steps=100)
     params, grads = jnp.zeros(2), jnp.full(2, 0.1)
     state = tx.init(params)
     for _ in range(2):  # the first has a learning rate of zero

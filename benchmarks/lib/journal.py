@@ -1,0 +1,33 @@
+"""Finished runs on disk, so that an experiment can be stopped at any moment and continued."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+class Journal:
+    """A file of one JSON object a line: what was asked (`key`), and what came out.
+
+    Attributes:
+      rows: its content.
+    """
+
+    def __init__(self, path: Path | None):
+        self.path = path
+        lines = path.read_text().splitlines() if path and path.exists() else []
+        self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+
+    def get(self, key: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The run with that key; made, and written down, where there is none."""
+        for row in self.rows:
+            if row["key"] == key:
+                return row
+        row = {"key": key, **make()}
+        self.rows.append(row)
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        print(json.dumps({**key, "loss": row["loss"], "seconds": row["seconds"]}), flush=True)
+        return row
