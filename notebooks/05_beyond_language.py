@@ -449,11 +449,11 @@ plt.show()
 # %% [markdown]
 # ## Compare the optimizers
 #
-# [Benchmarks](../docs/benchmarks.md#images) has a two-block vision transformer on the three tasks.
-# Three hyperparameters of each optimizer were tuned, the momentum included, with the same number of
-# tries, on images and seeds that are not reported. If the best point of one is at an edge of the
-# search, all get more tries. Below are five other seeds on the test images: mean and standard
-# deviation.
+# [Benchmarks](../docs/benchmarks.md#compare-on-images) has a two-block vision transformer on the
+# three tasks. Three hyperparameters of each optimizer were tuned, the momentum included, with the
+# same number of tries, on images and seeds that are not reported. If the best point of one is at an
+# edge of the search, all get more tries. Below are five other seeds on the test images: mean and
+# standard deviation.
 
 # %%
 RESULTS = Path("../benchmarks/results")
@@ -514,6 +514,6 @@ for task, rows in tables.items():
 # The win rate is not easier to tune here: neither is better throughout. The win rates that the
 # search chose are higher than 0.3. One $\gamma$ served all params in these runs. The default is now
 # one per parameter and a rate of 0.5, because of [other
-# runs](../docs/benchmarks.md#a-target-for-the-win-rate).
+# runs](../docs/benchmarks.md#replace-gamma-by-a-target-for-the-win-rate).
 #
 # `tests/trainer/test_vision.py` tests each of these claims about curvature.

@@ -1,5 +1,6 @@
 """`sophia_h` and `sophia_g`: the transform with weight decay and a learning rate."""
 
+from collections.abc import Mapping
 from typing import Any, TypeAlias, cast
 
 import optax
@@ -7,8 +8,12 @@ from jax.typing import DTypeLike
 
 from sophia_optax import _checks, _trees
 from sophia_optax._hutchinson import hutchinson
+from sophia_optax._in_eigenbasis import in_eigenbasis
 from sophia_optax._scale_by_sophia import FLOAT32, Gamma, scale_by_sophia
 from sophia_optax._types import HessianFn, LossFn, Params, Scalar
+
+Eigenbasis: TypeAlias = bool | Mapping[str, Any]
+"""Whether to step in the eigenbasis, or with what keywords of `in_eigenbasis`."""
 
 Mask: TypeAlias = Any
 """A pytree of booleans, a prefix of the params, or a callable from params to one."""
@@ -27,6 +32,8 @@ def sophia_h(
     *,
     bias_correction: bool = True,
     absolute_curvature: bool = True,
+    nesterov: bool | None = None,
+    eigenbasis: Eigenbasis = False,
     mu_dtype: DTypeLike | None = None,
     nu_dtype: DTypeLike | None = FLOAT32,
     seed: Scalar = 0,
@@ -55,27 +62,17 @@ def sophia_h(
       0.09
       0.03
 
-    Args:
-      learning_rate: η, a number or an Optax schedule. With the clip at 1 it is the largest step of
-        a coordinate. The paper takes 0.8 of AdamW's for GPT-2 sizes.
-      b1: decay of the momentum, in [0, 1). Default: the authors' code's; the paper has 0.96.
-      b2: decay of the curvature at each estimate, in [0, 1). Default: the paper's.
-      eps: floor of the denominator, above 0. Default: the paper's.
-      gamma: scale of the curvature, above 0, or a `win_rate_target`. Default: the paper's for
-        Sophia-H.
-      clip_threshold: the largest step of a coordinate in units of the learning rate, above 0. None
-        does not clip. Default: the paper's.
-      update_interval: an estimate every so many steps. Default: the paper's.
-      weight_decay: λ, decoupled, at least 0. Default: Optax's for AdamW; for language models 0.1 to
-        0.2 is common (the paper: 0.2).
-      mask: which params decay, as in `optax.adamw`.
-      bias_correction: whether the average of the curvature is corrected for starting at zero; the
-        paper does not.
-      absolute_curvature: whether |h| stands in the place of h, so that coordinates whose estimate
-        is negative are no sign steps; the paper does not. No step is larger with |h|.
-      mu_dtype: dtype of the momentum; None takes that of each parameter.
-      nu_dtype: dtype of the curvature; None takes that of each parameter.
-      seed: of the keys that the estimates are drawn with.
+    The arguments are those of `scale_by_sophia`, and:
+
+    - `learning_rate`: η, a number or an Optax schedule. With the clip at 1 it is the largest step
+      of a coordinate. The paper takes 0.8 of AdamW's for GPT-2 sizes.
+    - `gamma`: the default is the paper's for Sophia-H.
+    - `weight_decay`: λ, decoupled, at least 0. Default: Optax's for AdamW; for language models 0.1
+      to 0.2 is common (the paper: 0.2).
+    - `mask`: which params decay, as in `optax.adamw`.
+    - `nesterov`: None is True with `eigenbasis`, which was measured with it, and False without.
+    - `eigenbasis`: whether each matrix takes its steps in its Kronecker eigenbasis. True, or a
+      mapping of keywords for `in_eigenbasis`. It is ours, not the paper's.
 
     Returns:
       A transformation whose `update(grads, state, params, hessian_fn=...)` needs the params. In
@@ -86,7 +83,9 @@ def sophia_h(
       TypeError: if a hyperparameter is a callable or not a number.
       ValueError: if a hyperparameter is out of its range.
     """
-    scale = scale_by_sophia(
+    scale = _scale(
+        eigenbasis,
+        nesterov,
         b1=b1,
         b2=b2,
         eps=eps,
@@ -115,6 +114,8 @@ def sophia_g(
     *,
     bias_correction: bool = True,
     absolute_curvature: bool = True,
+    nesterov: bool | None = None,
+    eigenbasis: Eigenbasis = False,
     mu_dtype: DTypeLike | None = None,
     nu_dtype: DTypeLike | None = FLOAT32,
     seed: Scalar = 0,
@@ -151,24 +152,8 @@ def sophia_g(
       0.09
       0.05
 
-    Args:
-      learning_rate: η, a number or an Optax schedule, see `sophia_h`.
-      b1: decay of the momentum, in [0, 1). Default: the authors' code's; the paper has 0.96.
-      b2: decay of the curvature at each estimate, in [0, 1). Default: the paper's.
-      eps: floor of the denominator, above 0. Default: the paper's.
-      gamma: scale of the curvature, above 0, or a `win_rate_target`. Default: the paper's for
-        Sophia-G.
-      clip_threshold: the largest step of a coordinate in units of the learning rate, above 0. None
-        does not clip. Default: the paper's.
-      update_interval: an estimate every so many steps. Default: the paper's.
-      weight_decay: λ, decoupled, at least 0, see `sophia_h`.
-      mask: which params decay, as in `optax.adamw`.
-      bias_correction: whether the average of the curvature is corrected for starting at zero; the
-        paper does not.
-      absolute_curvature: see `sophia_h`; this estimator's h is never negative.
-      mu_dtype: dtype of the momentum; None takes that of each parameter.
-      nu_dtype: dtype of the curvature; None takes that of each parameter.
-      seed: of the keys that the estimates are drawn with.
+    The arguments are those of `sophia_h`, with the paper's gamma for Sophia-G. This estimator's h
+    is never negative, so that `absolute_curvature` makes no difference.
 
     Returns:
       A transformation whose `update(grads, state, params, hessian_fn=...)` needs the params.
@@ -178,7 +163,9 @@ def sophia_g(
       TypeError: if a hyperparameter is a callable or not a number.
       ValueError: if a hyperparameter is out of its range.
     """
-    scale = scale_by_sophia(
+    scale = _scale(
+        eigenbasis,
+        nesterov,
         b1=b1,
         b2=b2,
         eps=eps,
@@ -192,6 +179,34 @@ def sophia_g(
         seed=seed,
     )
     return _with_decay_and_rate(scale, learning_rate, weight_decay, mask)
+
+
+def _scale(
+    eigenbasis: Eigenbasis, nesterov: bool | None, **keywords: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Makes `scale_by_sophia`, in the eigenbasis if that is asked for.
+
+    Args:
+      eigenbasis: as in `sophia_h`.
+      nesterov: as in `sophia_h`.
+      **keywords: the other arguments of `scale_by_sophia`.
+
+    Returns:
+      The transformation.
+
+    Raises:
+      TypeError: if `eigenbasis` is neither a boolean nor a mapping.
+    """
+    if not isinstance(eigenbasis, bool | Mapping):
+        raise TypeError(
+            f"eigenbasis is {eigenbasis!r}. Pass True, False, or a mapping of keywords for "
+            "in_eigenbasis, e.g. dict(basis_interval=1)."
+        )
+    on = eigenbasis is not False
+    scale = scale_by_sophia(**keywords, nesterov=on if nesterov is None else nesterov)
+    if not on:
+        return scale
+    return in_eigenbasis(scale, **({} if eigenbasis is True else eigenbasis))
 
 
 def _with_decay_and_rate(

@@ -1,5 +1,6 @@
 """Which part of a step's data the curvature is taken on: a sub-batch, and one mini-step of many."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -116,11 +117,12 @@ def on_emit(
         _checks.check_count("every_k", every_k)
     k = every_k(multi_steps_state.gradient_step) if callable(every_k) else every_k
 
-    def hessian_fn_on_emit(key: PRNGKeyArray, /) -> Params:
+    def hessian_fn_on_emit(key: PRNGKeyArray, /, **coordinates: Any) -> Params:
+        estimate = functools.partial(hessian_fn, **coordinates)
         return jax.lax.cond(
             multi_steps_state.mini_step == k - 1,
-            hessian_fn,
-            lambda key: _arrays.zeros_of(jax.eval_shape(hessian_fn, key)),
+            estimate,
+            lambda key: _arrays.zeros_of(jax.eval_shape(estimate, key)),
             key,
         )
 

@@ -31,7 +31,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from sophia_optax import _arrays, _checks, _trees
 from sophia_optax._likelihoods import categorical
-from sophia_optax._types import HessianFn, Likelihood, OutputsFn, Params
+from sophia_optax._types import Coordinates, HessianFn, Likelihood, OutputsFn, Params
 
 Sampling: TypeAlias = Literal["labels", "curvature_propagation"]
 
@@ -90,7 +90,7 @@ def gauss_newton_bartlett(
     sample = likelihood.sample_residual if sampling == "labels" else likelihood.sample_factor
     theta = _trees.differentiable(params)
 
-    def hessian_fn(key: PRNGKeyArray, /) -> Params:
+    def hessian_fn(key: PRNGKeyArray, /, *, coordinates: Coordinates | None = None) -> Params:
         if not theta.leaves:
             return theta.fill([])
         outputs, pullback = jax.vjp(
@@ -102,6 +102,7 @@ def gauss_newton_bartlett(
         def one_sample(key: PRNGKeyArray) -> list[Array]:
             cotangent = root * sample(key, wide_outputs)
             (g,) = pullback(cotangent.astype(outputs.dtype))
+            g = _trees.turned(theta, coordinates, g)
             return [jnp.square(leaf.astype(_arrays.at_least_float32(leaf.dtype))) for leaf in g]
 
         return theta.fill(_arrays.mean_over_keys(one_sample, key, num_samples))

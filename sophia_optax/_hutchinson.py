@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from sophia_optax import _arrays, _checks, _trees
-from sophia_optax._types import HessianFn, LossFn, Params
+from sophia_optax._types import Coordinates, HessianFn, LossFn, Params
 
 Distribution: TypeAlias = Literal["rademacher", "gaussian"]
 Mode: TypeAlias = Literal["forward_over_reverse", "reverse_over_reverse", "finite_difference"]
@@ -95,17 +95,22 @@ def hutchinson(
     gradient = jax.grad(lambda leaves: _scalar(loss_fn(theta.rebuild(leaves))))
     product = jax.jit(partial(_PRODUCTS[mode], gradient))
 
-    def one_probe(key: PRNGKeyArray) -> _Leaves:
+    def one_probe(key: PRNGKeyArray, coordinates: Coordinates | None) -> _Leaves:
         keys = jax.random.split(key, len(theta.leaves))
         u = [draw(k, leaf) for k, leaf in zip(keys, theta.leaves, strict=True)]
-        _check_product(mode, product, gradient, theta.leaves, u)
-        hu = product(theta.leaves, u)
+        probe = _trees.turned_back(theta, coordinates, u)
+        hu = _trees.turned(theta, coordinates, checked_product(probe))
         return [_multiply(a, b) for a, b in zip(u, hu, strict=True)]
 
-    def hessian_fn(key: PRNGKeyArray, /) -> Params:
+    def checked_product(u: _Leaves) -> _Leaves:
+        _check_product(mode, product, gradient, theta.leaves, u)
+        return product(theta.leaves, u)
+
+    def hessian_fn(key: PRNGKeyArray, /, *, coordinates: Coordinates | None = None) -> Params:
         if not theta.leaves:
             return theta.fill([])
-        return theta.fill(_arrays.mean_over_keys(one_probe, key, num_probes, probe_chunk))
+        draw_one = partial(one_probe, coordinates=coordinates)
+        return theta.fill(_arrays.mean_over_keys(draw_one, key, num_probes, probe_chunk))
 
     return hessian_fn
 

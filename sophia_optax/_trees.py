@@ -11,14 +11,23 @@ import optax
 from jaxtyping import Array, PyTree
 
 from sophia_optax._arrays import is_inexact
+from sophia_optax._types import Coordinates
 
 
 class Differentiable(NamedTuple):
-    """The floating point leaves of a tree, and the way back to the tree."""
+    """The floating point leaves of a tree, and the way to the tree and from one like it.
+
+    Attributes:
+      leaves: the leaves.
+      rebuild: the tree with other leaves instead, and the rest as it was.
+      fill: the tree with other leaves instead, and float32 zeros everywhere else.
+      select: the corresponding leaves of a tree of the same structure.
+    """
 
     leaves: list[Array]
     rebuild: Callable[[list[Array]], PyTree[Any]]
     fill: Callable[[list[Array]], PyTree[Any]]
+    select: Callable[[PyTree[Any]], list[Array]]
 
 
 def differentiable(params: PyTree[Any]) -> Differentiable:
@@ -28,8 +37,7 @@ def differentiable(params: PyTree[Any]) -> Differentiable:
       params: a pytree with leaves of any kind.
 
     Returns:
-      The leaves; `rebuild`, which puts others in their places and leaves the rest as it was; and
-      `fill`, which puts others in their places and float32 zeros everywhere else.
+      The leaves, and the functions that go with them.
 
     Raises:
       TypeError: if a leaf is complex.
@@ -58,7 +66,30 @@ def differentiable(params: PyTree[Any]) -> Differentiable:
             for i, leaf in enumerate(leaves)
         )
 
-    return Differentiable([jnp.asarray(leaves[i]) for i in places], rebuild, fill)
+    def select(tree: PyTree[Any]) -> list[Array]:
+        own = treedef.flatten_up_to(tree)
+        return [own[i] for i in places]
+
+    return Differentiable([jnp.asarray(leaves[i]) for i in places], rebuild, fill, select)
+
+
+def turned(
+    theta: Differentiable, coordinates: Coordinates | None, leaves: list[Array]
+) -> list[Array]:
+    """Takes leaves into other coordinates; None stands for the parameters' own axes."""
+    if coordinates is None:
+        return leaves
+    return theta.select(coordinates.turn(theta.rebuild(leaves)))
+
+
+def turned_back(
+    theta: Differentiable, coordinates: Coordinates | None, leaves: list[Array]
+) -> list[Array]:
+    """Takes leaves out of other coordinates, in the dtypes that they have there."""
+    if coordinates is None:
+        return leaves
+    own_axes = theta.select(coordinates.back(theta.rebuild(leaves)))
+    return [own.astype(leaf.dtype) for own, leaf in zip(own_axes, leaves, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +114,9 @@ class OwnedLeaves:
     @classmethod
     def of(cls, tree: PyTree[Any]) -> "OwnedLeaves":
         """Finds the owned leaves of a tree of gradients."""
-        flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_absent)
+        flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_absent)
         leaves = [leaf for _, leaf in flat]
-        indices = [i for i, x in enumerate(leaves) if not _is_absent(x) and is_inexact(x)]
+        indices = [i for i, x in enumerate(leaves) if not is_absent(x) and is_inexact(x)]
         shapes = tuple(jnp.shape(leaves[i]) for i in indices)
         return cls(tuple(path for path, _ in flat), treedef, tuple(indices), shapes)
 
@@ -155,7 +186,8 @@ class OwnedLeaves:
         )
 
 
-def _is_absent(node: Any) -> bool:
+def is_absent(node: Any) -> bool:
+    """Whether a node stands for a leaf that is not there: None, or masked out."""
     return node is None or isinstance(node, optax.MaskedNode)
 
 
@@ -197,7 +229,7 @@ def cast_updates(
     """
 
     def cast(update: Any, grad: Any, param: Any = None) -> Any:
-        if _is_absent(grad):
+        if is_absent(grad):
             return grad
         if is_inexact(grad):
             of_param = () if param is None or not is_inexact(param) else (param,)
@@ -206,4 +238,4 @@ def cast_updates(
         return jnp.zeros(jnp.shape(grad), dtype)
 
     trees = (updates, grads) if params is None else (updates, grads, params)
-    return jax.tree.map(cast, *trees, is_leaf=_is_absent)
+    return jax.tree.map(cast, *trees, is_leaf=is_absent)

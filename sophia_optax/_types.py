@@ -24,12 +24,34 @@ OutputsFn: TypeAlias = Callable[[Any], Float[Array, "..."]]
 
 
 @runtime_checkable
+class Coordinates(Protocol):
+    """A linear, orthogonal change of coordinates of the params, as `in_eigenbasis` makes one.
+
+    Both methods take and return trees with the structure and shapes of the whole params. Leaves
+    that keep their own axes come back as they are.
+    """
+
+    def turn(self, tree: Params, /) -> Params:
+        """Takes a tree from the params' own axes into these coordinates."""
+        ...
+
+    def back(self, tree: Params, /) -> Params:
+        """Takes a tree from these coordinates into the params' own axes."""
+        ...
+
+
+@runtime_checkable
 class HessianFn(Protocol):
     """An estimate of the diagonal of the Hessian, waiting to be asked for.
 
     The transform calls it inside `lax.cond`, on every `update_interval`-th step only. It closes
     over the whole params and over a batch. That is why it works under `optax.masked` and
     `optax.partition`, where the transform itself sees only the params that it owns.
+
+    Under `in_eigenbasis` it is called as `hessian_fn(key, coordinates=coordinates)`, and returns
+    the diagonal of the Hessian in these `Coordinates`. With θ = back(θ'), that is
+    u' ⊙ turn(H back(u')) for random signs u', and turn(g) ⊙ turn(g) for a g with E[g gᵀ] = H. An
+    estimator that does not take the keyword works in the params' own axes only.
     """
 
     def __call__(self, key: PRNGKeyArray, /) -> Params:

@@ -189,7 +189,7 @@ def tuning_by_b1() -> str:
 
 
 def entrants(regime: str) -> dict[str, dict[str, Any]]:
-    """The race's results in one regime, under the library's names and in the order of `NAMES`."""
+    """The race's results in one regime, in the order of `NAMES`."""
     found = read("lm_race.json")["results"][regime]
     return {name: found[name] for name in NAMES if name in found}
 
@@ -363,9 +363,9 @@ def targets() -> str:
         best = cell["best gamma"]
         ratios = (f"{cell[kind]['over_best']:.3f}" for kind in kinds)
         name = f"{cell['width']}, {cell['batch']}"
-        rows.append([name, f"{best['gamma']:.3g}", losses(best["losses"]), *ratios])
+        rows.append([name, f"{best['gamma']:.3g}", f"{mean(best['losses']):.3f}", *ratios])
     names = [kind.removeprefix("target ") for kind in kinds]
-    return markdown(["width, sequences", "best γ", "its losses", *names], rows)
+    return markdown(["width, sequences", "best γ", "its loss", *names], rows)
 
 
 # --- Images ---------------------------------------------------------------------------------------

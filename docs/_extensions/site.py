@@ -44,6 +44,11 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(
             File.generated(config, f"notebooks/{path.stem}.md", content=text)
         )
+        files.append(
+            File.generated(
+                config, f"notebooks/{path.name}", abs_src_path=str(path)
+            )
+        )
         for name, figure in figures.items():
             files.append(
                 File.generated(config, f"notebooks/{name}", content=figure)

@@ -85,6 +85,8 @@ def test_defaults_are_the_documented_ones(alias: Callable[..., Any]) -> None:
         "mask": None,
         "bias_correction": True,
         "absolute_curvature": True,
+        "nesterov": None,
+        "eigenbasis": False,
         "mu_dtype": None,
         "nu_dtype": jnp.dtype("float32"),
         "seed": 0,
@@ -100,9 +102,11 @@ def test_defaults_are_the_documented_ones(alias: Callable[..., Any]) -> None:
 def test_the_transform_has_the_same_defaults() -> None:
     transform = inspect.signature(sophia_optax.scale_by_sophia).parameters
     alias = inspect.signature(sophia_optax.sophia_h).parameters
-    assert set(alias) - set(transform) == {"learning_rate", "weight_decay", "mask"}
+    own = {"learning_rate", "weight_decay", "mask", "eigenbasis"}
+    assert set(alias) - set(transform) == own
     for name, parameter in transform.items():
-        assert alias[name].default == parameter.default
+        if name != "nesterov":  # which follows from the eigenbasis
+            assert alias[name].default == parameter.default
         assert alias[name].kind == parameter.kind
 
 

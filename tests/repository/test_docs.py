@@ -102,7 +102,7 @@ def test_the_picture_of_the_first_page_is_a_figure_of_the_first_notebook() -> No
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("mkdocstrings_handlers", reason="the site needs the extra 'docs'")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(tmp_path)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path)]
     done = subprocess.run(
         command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=240
     )
@@ -124,7 +124,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
         ("import no_such", "", None),
     ],
 )
-def test_a_page_that_does_not_keep_its_word_is_found(
+def test_a_page_with_wrong_output_or_broken_code_is_found(
     tmp_path: Path, code: str, text: str, fault: type[Exception] | None
 ) -> None:
     page = tmp_path / "page.md"

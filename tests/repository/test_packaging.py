@@ -19,6 +19,10 @@ CORE = [path for path in MODULES if path.stem not in OPTIONAL]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 PUBLIC_NAMES = {
+    "Coordinates",
+    "InEigenbasisState",
+    "MatrixAxes",
+    "in_eigenbasis",
     "HessianFn",
     "Likelihood",
     "ScaleBySophiaState",

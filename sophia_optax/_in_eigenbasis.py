@@ -1,0 +1,458 @@
+"""Runs a coordinate-wise transformation in the Kronecker eigenbasis of each matrix.
+
+This is not in the paper of Sophia. With `scale_by_sophia(nesterov=True)` inside, a matrix W takes
+
+    L <- β L + (1-β) G Gᵀ        R <- β R + (1-β) Gᵀ G        with the current gradient, first
+    Q_L <- orth(L Q_L)           Q_R <- orth(R Q_R)           every f-th step, and M turns along
+    M <- b1 M + (1-b1) G         M̃ = b1 M + (1-b1) G
+    Z = Q_Lᵀ M̃ Q_R
+    h <- b2 h + (1-b2) ĥ         every k-th step; ĥ estimates the diagonal in the turned coordinates
+    W <- W - η (Q_L clip(Z / max(γ |h|, ε), ±ρ) Q_Rᵀ + λ W)
+
+and with `optax.scale_by_adam` inside it is SOAP (Vyas et al. 2024, arXiv 2409.11321). Differences
+from the authors' SOAP:
+
+1. The first step moves: the basis is refreshed from the first gradient before that is used, where
+   SOAP skips the first update. The first basis is the identity, without an eigendecomposition.
+2. The factors see the current gradient before the basis is refreshed and the gradient turned; SOAP
+   turns with the basis of the step before.
+3. The momentum is kept in the turned coordinates, and turned when the basis turns: the same numbers
+   as a momentum in the parameter's own axes. What else the inner state averages (h, or Adam's v)
+   stays as it is, as in SOAP.
+4. The axes are not sorted by their eigenvalues: a power iteration with QR keeps their order.
+5. Sides can be cut into blocks. Arrays of more than two axes are stacks of matrices, where SOAP has
+   a factor for each axis.
+6. A gradient whose squares are not finite counts as zero for that step, and is counted.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int, PRNGKeyArray, PyTree
+
+from sophia_optax import _arrays, _checks, _eigenbasis, _trees
+from sophia_optax._eigenbasis import Basis, MatrixView
+from sophia_optax._types import Coordinates, HessianFn, Params, Scalar
+
+MOMENTUM_NAMES = ("mu", "trace")
+"""What an inner state calls a momentum, which turns with the basis."""
+
+
+class MatrixAxes(NamedTuple):
+    """Which axes of a parameter make up the sides of a matrix, and which sides have a basis.
+
+    `optax.contrib.MuonDimensionNumbers` is taken as well, with both sides turned.
+
+    Attributes:
+      left: axes of the rows.
+      right: axes of the columns. The remaining axes are stacked: a matrix each.
+      turn: which sides have a basis. For an embedding `[vocabulary, features]`, "right" leaves the
+        vocabulary in its own axes.
+    """
+
+    left: int | tuple[int, ...] = -2
+    right: int | tuple[int, ...] = -1
+    turn: Literal["both", "left", "right"] = "both"
+
+
+DimensionNumbers: TypeAlias = Any
+"""A pytree like the params of `MatrixAxes`, `optax.contrib.MuonDimensionNumbers` or None (not
+turned), or a callable from params to one."""
+
+
+class InEigenbasisState(NamedTuple):
+    """The state of `in_eigenbasis`: arrays alone.
+
+    Attributes:
+      count: how many updates there have been, `i32[]`.
+      rejected: in how many of them a gradient's squares were not finite, `i32[]`.
+      bases: factors and bases of each parameter that is turned, in the order of the leaves; a zero
+        where there is none.
+      inner: the state of the inner transformation; its averages are in the turned coordinates.
+    """
+
+    count: Int[Array, ""]  # pyright: ignore[reportIncompatibleMethodOverride]
+    rejected: Int[Array, ""]
+    bases: PyTree[Any]
+    inner: PyTree[Any]
+
+
+def in_eigenbasis(
+    inner: optax.GradientTransformation,
+    *,
+    basis_interval: Scalar = 10,
+    decay: Scalar = 0.9,
+    max_size: int = 8192,
+    block_size: int | None = None,
+    dimension_numbers: DimensionNumbers | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Runs a coordinate-wise transformation in the Kronecker eigenbasis of each matrix.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, sophia_optax
+      >>> target = jax.random.normal(jax.random.key(0), (4, 3))
+      >>> x = jax.random.normal(jax.random.key(1), (16, 4)) * jnp.array([10.0, 1.0, 1.0, 0.1])
+      >>> loss_fn = lambda w: jnp.mean((x @ (w - target)) ** 2)
+      >>> soap = optax.chain(
+      ...     sophia_optax.in_eigenbasis(optax.scale_by_adam(0.9, 0.95, nesterov=True)),
+      ...     optax.scale_by_learning_rate(0.1),
+      ... )
+      >>> @jax.jit
+      ... def train_step(w, state):
+      ...     loss, grads = jax.value_and_grad(loss_fn)(w)
+      ...     updates, state = soap.update(grads, state, w)
+      ...     return optax.apply_updates(w, updates), state, loss
+      >>> w = jnp.zeros((4, 3))
+      >>> state = soap.init(w)
+      >>> for step in range(61):
+      ...     w, state, loss = train_step(w, state)
+      ...     if step % 20 == 0:
+      ...         print(f"{loss:.2f}")
+      359.30
+      25.19
+      3.21
+      0.01
+
+    Args:
+      inner: a transformation whose update of a coordinate depends on that coordinate's gradients
+        alone: `scale_by_sophia`, `optax.scale_by_adam`, `optax.scale_by_lion`, .... It sees
+        gradients and params in the turned coordinates.
+      basis_interval: f, the bases are refreshed every f-th step, the first included. Default: as
+        often as Sophia's curvature; at large batches a smaller interval is better.
+      decay: β, of the averages of G Gᵀ and Gᵀ G, in [0, 1). Default: ours; 0.8 to 0.95 made no
+        difference beyond the noise, see `docs/concepts/eigenbasis.md`.
+      max_size: the longest side that has a basis; longer ones stay in their own axes.
+      block_size: sides are cut into blocks of the largest divisor up to this, each with a basis of
+        its own, unless that is below a quarter of it. None does not cut: L, R and their bases then
+        take 2m² + 2n² numbers for a parameter of m x n.
+      dimension_numbers: which axes make up the matrices, see `MatrixAxes`. None takes the last two
+        axes of each parameter that has at least two, and stacks the others, as in layers under
+        `jax.lax.scan` and in convolutions. Give attention kernels of shape
+        `[features, heads, head size]` explicitly.
+
+    Returns:
+      A transformation whose `update` takes what the inner one takes, and `refresh_basis`: None
+      decides by `lax.cond`, True or False fixes the branch when the step is traced. `hessian_fn`
+      must be able to estimate in other coordinates, as `hutchinson` and `gauss_newton_bartlett`
+      are (see `HessianFn`). Parameters that are not turned (vectors, scalars, those whose sides
+      are all longer than `max_size`) take the inner transformation's step as it is.
+
+    Raises:
+      TypeError: if an argument is of the wrong kind.
+      ValueError: if a number is out of its range, or dimension numbers do not fit the params.
+    """
+    _checks.check_count("basis_interval", basis_interval)
+    _checks.check_number("decay", decay, 0, 1, "[0, 1)")
+    _checks.check_number("max_size", max_size, 0, float("inf"), "[0, ∞)")
+    if block_size is not None:
+        _checks.check_count("block_size", block_size)
+    inner = optax.with_extra_args_support(inner)
+
+    def views_of(params: Params) -> list[MatrixView | None]:
+        return _views(params, dimension_numbers, max_size, block_size)
+
+    def init(params: Params) -> InEigenbasisState:
+        turned = [
+            view.init(leaf)
+            for view, leaf in zip(views_of(params), jax.tree.leaves(params), strict=True)
+            if view is not None
+        ]
+        return InEigenbasisState(
+            count=jnp.zeros((), jnp.int32),
+            rejected=jnp.zeros((), jnp.int32),
+            # One leaf and not (): so optax.tree.map_params, whose placeholder has no leaves, finds
+            # something that is no parameter here.
+            bases=tuple(turned) or jnp.zeros((), jnp.float32),
+            inner=inner.init(params),
+        )
+
+    def update(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: Params | None = None,
+        *,
+        hessian_fn: HessianFn | None = None,
+        refresh_basis: bool | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, InEigenbasisState]:
+        state = cast(InEigenbasisState, state)
+        _check_refresh_basis(refresh_basis)
+        like = updates if params is None else params
+        turned = _TurnedLeaves.of(like, views_of(like))
+        bases, gradients, finite = turned.observe(state.bases, updates, decay)
+        inner_state = state.inner
+
+        def refreshed() -> tuple[tuple[Basis, ...], list[Array]]:
+            new = tuple(v.refreshed(b) for v, b in zip(turned.views, bases, strict=True))
+            momenta = turned.momenta(inner_state)
+            return new, [turned.change(leaf, bases, new) for leaf in momenta]
+
+        def kept() -> tuple[tuple[Basis, ...], list[Array]]:
+            return bases, [leaf.value for leaf in turned.momenta(inner_state)]
+
+        if refresh_basis is None:
+            due = state.count % jnp.asarray(basis_interval, jnp.int32) == 0
+            bases, momenta = jax.lax.cond(due, refreshed, kept)
+        else:
+            bases, momenta = refreshed() if refresh_basis else kept()
+        inner_state = turned.with_momenta(inner_state, momenta)
+
+        coordinates = _EigenbasisCoordinates(turned, bases)
+        if hessian_fn is not None:
+            extra_args["hessian_fn"] = _in_coordinates(hessian_fn, coordinates)
+        moved, inner_state = inner.update(
+            coordinates.turn(gradients),
+            inner_state,
+            None if params is None else coordinates.turn(params),
+            **extra_args,
+        )
+        new_state = InEigenbasisState(
+            count=_arrays.increment(state.count),
+            rejected=jnp.where(finite, state.rejected, _arrays.increment(state.rejected)),
+            bases=bases or state.bases,
+            inner=jax.tree.map(_restore_dtype, inner_state, state.inner),
+        )
+        return turned.cast(coordinates.back(moved), updates, params), new_state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class _Momentum(NamedTuple):
+    """A momentum in an inner state: its place among the leaves, whose it is, its value."""
+
+    leaf: int
+    owner: int
+    value: Array
+
+
+class _TurnedLeaves(NamedTuple):
+    """The leaves of a tree that have a basis, and how to reach them in trees of its structure.
+
+    Attributes:
+      treedef: the structure of the tree, with a leaf for each absent node.
+      indices: which of the leaves have a basis.
+      paths: their paths.
+      views: how they are read as matrices.
+    """
+
+    treedef: Any
+    indices: tuple[int, ...]
+    paths: tuple[str, ...]
+    views: tuple[MatrixView, ...]
+
+    @classmethod
+    def of(cls, tree: PyTree[Any], views: list[MatrixView | None]) -> "_TurnedLeaves":
+        """Finds the leaves that have a view; `views` has one for each leaf that is not absent."""
+        flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_trees.is_absent)
+        present = [(i, path) for i, (path, leaf) in enumerate(flat) if not _trees.is_absent(leaf)]
+        chosen = [
+            (index, jax.tree_util.keystr(path), view)
+            for (index, path), view in zip(present, views, strict=True)
+            if view is not None
+        ]
+        indices, paths, own = zip(*chosen, strict=True) if chosen else ((), (), ())
+        return cls(treedef, indices, paths, own)
+
+    def map(
+        self, function: Callable[[MatrixView, Basis, Array], Array], bases: Any, tree: PyTree[Any]
+    ) -> PyTree[Any]:
+        """Applies a function to the leaves that have a basis and are not absent."""
+        leaves = self.treedef.flatten_up_to(tree)
+        for number, index in enumerate(self.indices):
+            if not _trees.is_absent(leaves[index]):
+                leaves[index] = function(self.views[number], bases[number], leaves[index])
+        return self.treedef.unflatten(leaves)
+
+    def observe(
+        self, bases: tuple[Basis, ...] | Array, updates: PyTree[Any], decay: Any
+    ) -> tuple[tuple[Basis, ...], PyTree[Any], Any]:
+        """Averages gradients into the factors.
+
+        Args:
+          bases: before.
+          updates: the gradients.
+          decay: β.
+
+        Returns:
+          The bases with their new factors; the gradients, with zeros for those whose squares are
+          not finite; and whether all of them are finite.
+        """
+        new: list[Basis] = [*cast(tuple[Basis, ...], bases)] if self.indices else []
+        finite = jnp.array(True)
+        numbers = iter(range(len(self.indices)))
+
+        def one(view: MatrixView, basis: Basis, g: Array) -> Array:
+            nonlocal finite
+            new[next(numbers)], known = view.observe(basis, g, decay)
+            finite &= known
+            return jnp.where(known, g, jnp.zeros((), g.dtype))
+
+        gradients = self.map(one, new, updates)
+        return tuple(new), gradients, finite
+
+    def cast(
+        self, updates: PyTree[Any], gradients: PyTree[Any], params: PyTree[Any] | None
+    ) -> PyTree[Any]:
+        """Rounds updates to the dtypes that gradients and params promote to, where turned."""
+        grads = self.treedef.flatten_up_to(gradients)
+        others = grads if params is None else self.treedef.flatten_up_to(params)
+        leaves = self.treedef.flatten_up_to(updates)
+        for index in self.indices:
+            if not _trees.is_absent(leaves[index]):
+                leaves[index] = leaves[index].astype(jnp.result_type(grads[index], others[index]))
+        return self.treedef.unflatten(leaves)
+
+    def momenta(self, inner_state: Any) -> list[_Momentum]:
+        """Finds the momenta of these leaves, by the names in `MOMENTUM_NAMES`."""
+        owners = {path: number for number, path in enumerate(self.paths)}
+        found = []
+        for position, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(inner_state)):
+            for depth, key in enumerate(path):
+                if getattr(key, "name", getattr(key, "key", None)) in MOMENTUM_NAMES:
+                    owner = owners.get(jax.tree_util.keystr(path[depth + 1 :]))
+                    if owner is not None:
+                        found.append(_Momentum(position, owner, leaf))
+                        break
+        return found
+
+    def with_momenta(self, inner_state: Any, values: list[Array]) -> Any:
+        """Replaces the momenta of these leaves."""
+        leaves, treedef = jax.tree.flatten(inner_state)
+        for momentum, value in zip(self.momenta(inner_state), values, strict=True):
+            leaves[momentum.leaf] = value
+        return treedef.unflatten(leaves)
+
+    def change(self, momentum: _Momentum, old: tuple[Basis, ...], new: tuple[Basis, ...]) -> Array:
+        """Turns a momentum from one basis into another."""
+        view, value = self.views[momentum.owner], momentum.value
+        own_axes = view.back(old[momentum.owner], value)
+        return view.turn(new[momentum.owner], own_axes).astype(value.dtype)
+
+
+class _EigenbasisCoordinates(NamedTuple):
+    """The `Coordinates` in which the inner transformation works."""
+
+    leaves: _TurnedLeaves
+    bases: tuple[Basis, ...]
+
+    def turn(self, tree: PyTree[Any]) -> PyTree[Any]:
+        """From the parameters' own axes into the eigenbasis."""
+        return self.leaves.map(MatrixView.turn, self.bases, tree)
+
+    def back(self, tree: PyTree[Any]) -> PyTree[Any]:
+        """From the eigenbasis into the parameters' own axes."""
+        return self.leaves.map(MatrixView.back, self.bases, tree)
+
+
+def _restore_dtype(new: Any, old: Any) -> Any:
+    """Rounds a leaf of the inner state to its dtype before: turned gradients are wider."""
+    return new.astype(old.dtype) if _arrays.is_inexact(old) else new
+
+
+def _in_coordinates(hessian_fn: HessianFn, coordinates: Coordinates) -> HessianFn:
+    """Asks an estimator for its estimate in other coordinates.
+
+    Args:
+      hessian_fn: as passed to `update`.
+      coordinates: the coordinates.
+
+    Returns:
+      The estimator in these coordinates.
+
+    Raises:
+      TypeError: if the estimator can only estimate in the parameters' own axes.
+    """
+    if not callable(hessian_fn):
+        return hessian_fn  # for the inner transformation to refuse
+    try:
+        parameters = inspect.signature(hessian_fn).parameters
+    except ValueError:  # written in C
+        parameters = {"coordinates": None}
+    takes_any = any(p is not None and p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if "coordinates" not in parameters and not takes_any:
+        raise TypeError(
+            f"hessian_fn is {hessian_fn!r}, which takes no `coordinates`, so it cannot estimate "
+            "the curvature in the eigenbasis. Use hutchinson or gauss_newton_bartlett, or let it "
+            "take the keyword and estimate in them, as sophia_optax.HessianFn documents."
+        )
+
+    def estimate(key: PRNGKeyArray, /) -> Params:
+        return cast(Any, hessian_fn)(key, coordinates=coordinates)
+
+    return estimate
+
+
+def _views(
+    params: Params, dimension_numbers: DimensionNumbers, max_size: int, block_size: int | None
+) -> list[MatrixView | None]:
+    """How each leaf is read as matrices; None for a leaf that stays in its own axes.
+
+    Args:
+      params: the params, or a tree like them.
+      dimension_numbers: as in `in_eigenbasis`.
+      max_size: the longest side that is turned.
+      block_size: the largest block.
+
+    Returns:
+      A view for each leaf.
+
+    Raises:
+      ValueError: if dimension numbers do not fit the params.
+    """
+    flat, treedef = jax.tree_util.tree_flatten_with_path(params)
+    if dimension_numbers is None:
+        axes = [MatrixAxes() if jnp.ndim(leaf) >= 2 else None for _, leaf in flat]
+    else:
+        tree = dimension_numbers(params) if callable(dimension_numbers) else dimension_numbers
+        try:
+            axes = treedef.flatten_up_to(tree)
+        except ValueError as error:
+            raise ValueError(
+                f"dimension_numbers do not have the structure of the params: {error}. Pass a tree "
+                "with MatrixAxes or None for each parameter, or a function that makes it."
+            ) from error
+
+    def view(path: Any, leaf: Any, own: Any) -> MatrixView | None:
+        if own is None or not _arrays.is_inexact(leaf):
+            return None
+        if isinstance(own, optax.contrib.MuonDimensionNumbers):
+            own = MatrixAxes(cast(Any, own.reduction_axis), cast(Any, own.output_axis))
+        left, right = ((a,) if isinstance(a, int) else tuple(a) for a in own[:2])
+        ndim = jnp.ndim(leaf)
+        axes = [axis % ndim if -ndim <= axis < ndim else ndim for axis in (*left, *right)]
+        if ndim in axes or len(set(axes)) < len(axes):
+            raise ValueError(
+                f"The dimension numbers of {_trees.name_of(path)} are {own}, which do not fit its "
+                f"shape {jnp.shape(leaf)}. Name each axis at most once, from {-ndim} to {ndim - 1}."
+            )
+        _checks.check_choice("turn", own.turn, ("both", "left", "right"))
+        return _eigenbasis.matrix_view(
+            jnp.shape(leaf),
+            left,
+            right,
+            turns=(own.turn != "right", own.turn != "left"),
+            max_size=max_size,
+            block_size=block_size,
+        )
+
+    return [view(path, leaf, own) for (path, leaf), own in zip(flat, axes, strict=True)]
+
+
+def _check_refresh_basis(refresh_basis: bool | None) -> None:
+    """Refuses a traced value.
+
+    Args:
+      refresh_basis: as passed to `update`.
+
+    Raises:
+      TypeError: if it is neither None, True nor False.
+    """
+    if not (refresh_basis is None or isinstance(refresh_basis, bool)):
+        raise TypeError(
+            f"refresh_basis is {refresh_basis!r}, but it is chosen when the step is traced. Pass "
+            "None, True or False; for jit, name it in static_argnames."
+        )
