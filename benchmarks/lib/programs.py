@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from examples.lm import hlo
 
@@ -25,7 +26,7 @@ def donated_update(tx: Any, params: Any, sharding: Any = None, **arguments: Any)
     Args:
       tx: the optimizer.
       params: their shapes.
-      sharding: of everything.
+      sharding: of the params and of the state that is like them; fewer axes are replicated.
       **arguments: for `update`; a function stands for what it makes of the params.
 
     Returns:
@@ -38,7 +39,10 @@ def donated_update(tx: Any, params: Any, sharding: Any = None, **arguments: Any)
         return optax.apply_updates(params, updates), state
 
     def place(x: Any) -> Any:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        own = sharding
+        if isinstance(own, NamedSharding) and len(x.shape) < len(own.spec):
+            own = NamedSharding(own.mesh, PartitionSpec())
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own)
 
     state = jax.tree.map(place, jax.eval_shape(tx.init, params))
     params = jax.tree.map(place, params)

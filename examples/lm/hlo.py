@@ -130,9 +130,14 @@ def instructions(body: str) -> Iterator[tuple[str, str, str, str]]:
             yield match[1], match[2], match[3], line
 
 
+def arrays(type_: str) -> list[tuple[int, int]]:
+    """How many elements each array of a type has, and the bits of one of them."""
+    return [
+        (math.prod(int(n) for n in dims.split(",") if n), int(bits or 8))
+        for bits, dims in _ARRAY.findall(type_)
+    ]
+
+
 def size_in_bytes(type_: str) -> int:
     """Bytes of a type, all the arrays of a tuple together."""
-    return sum(
-        math.prod(int(n) for n in dims.split(",") if n) * int(bits or 8) // 8
-        for bits, dims in _ARRAY.findall(type_)
-    )
+    return sum(elements * bits // 8 for elements, bits in arrays(type_))
