@@ -9,6 +9,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from benchmarks.lib.tables import NAMES, SUMMARY
+
 Row = dict[str, Any]
 
 
@@ -111,29 +113,28 @@ def _mean_win_rate(rows: list[Row]) -> float | None:
 
 
 def plot(summary: dict[str, Any], path: Path) -> None:
-    """Final losses by budget: the mean over seeds, from the least to the largest."""
+    """Mean final losses by budget, in colour those of the README's table."""
     figure, panels = plt.subplots(
-        1, len(summary), figsize=(8.5 * len(summary), 6), layout="constrained", squeeze=False
+        1, len(summary), figsize=(4.6 * len(summary), 4.6), layout="constrained", squeeze=False
     )
-    names = list(dict.fromkeys(name for entrants in summary.values() for name in entrants))
-    colours = dict(zip(names, plt.colormaps["tab20"].colors, strict=False))
+    colours = dict(zip(SUMMARY, plt.colormaps["tab10"].colors, strict=False))
     for axes, (regime, entrants) in zip(panels[0], summary.items(), strict=True):
-        worst_first = sorted(entrants.items(), key=lambda item: -[*item[1]["means"].values()][-1])
-        for name, row in worst_first:
-            colour = colours[name]
-            budgets = [int(b) for b in row["losses"]]
-            losses = np.array(list(row["losses"].values()))
-            means = losses.mean(axis=1)
-            style = {"color": colour, "ls": "--" if "muon" in name else "-", "marker": "o", "ms": 4}
-            axes.plot(budgets, means, label=f"{name}: {means[-1]:.3f}", **style)
-            axes.fill_between(
-                budgets, losses.min(1), losses.max(1), color=colour, alpha=0.15, linewidth=0
-            )
-        axes.set(xscale="log", xlabel="steps, each run with a full decay", title=regime)
-        axes.set_ylabel("validation loss (nats a byte)")
+        for name in sorted(entrants, key=lambda name: name in colours):
+            budgets = [int(b) for b in entrants[name]["losses"]]
+            losses = np.array(list(entrants[name]["losses"].values()))
+            if name not in colours:
+                axes.plot(budgets, losses.mean(axis=1), color="0.8", linewidth=1)
+                continue
+            style = {"color": colours[name], "marker": "o", "markersize": 4, "linewidth": 2}
+            axes.plot(budgets, losses.mean(axis=1), label=NAMES[name], **style)
+            bounds = losses.min(axis=1), losses.max(axis=1)
+            axes.fill_between(budgets, *bounds, color=colours[name], alpha=0.15, linewidth=0)
+        axes.set(xscale="log", xlabel="steps, each run with a full decay", title=f"{regime} batch")
         axes.set_xticks(budgets, [str(b) for b in budgets], minor=False)
         axes.minorticks_off()
         axes.grid(alpha=0.25)
-        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(path, dpi=120)
+    panels[0][0].set_ylabel("validation loss, nats per byte")
+    panels[0][0].plot([], [], color="0.8", linewidth=1, label="others")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -55,6 +55,8 @@ NAMES = {
     "muon_sophia_h": "Muon, Sophia-H on the rest",
     "muon_sophia_h_paper": "Muon, Sophia-H with paper's h",
 }
+# The rows of the README's table, and the curves of its plot.
+SUMMARY = ("adamw", "sophia_g", "sophia_h", "sophia_g_eigenbasis", "soap", "muon_adamw")
 SIZES = {"1m": "1M", "11m": "11M", "gpt2-124m": "124M", "gpt2-1.5b": "1.5B"}
 
 
@@ -274,10 +276,9 @@ def regime_tables() -> None:
 @table
 def race_summary() -> str:
     """The rows of the race that the README shows."""
-    shown = ("adamw", "sophia_g", "sophia_h", "sophia_g_eigenbasis", "soap", "muon_adamw")
     regimes = list(read("lm_race.json")["results"])
     rows = []
-    for name in shown:
+    for name in SUMMARY:
         cells = []
         for regime in regimes:
             row = entrants(regime).get(name)
