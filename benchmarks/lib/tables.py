@@ -601,12 +601,9 @@ _FIGURE = re.compile(rf"(?<![\w.])(?:\d[\d,.]*\s?(?:%|(?:{MEASURED})\b)|(?!0\.96
 
 
 def pages() -> list[Path]:
-    """README, the site's pages and the benchmarks' README."""
-    return [
-        ROOT / "README.md",
-        *sorted((ROOT / "docs").rglob("*.md")),
-        ROOT / "benchmarks/README.md",
-    ]
+    """The READMEs and the site's pages."""
+    readmes = ("README.md", "benchmarks/README.md", "examples/lm/README.md", "notebooks/README.md")
+    return [*(ROOT / name for name in readmes), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def value(path: str, form: str) -> str:
