@@ -402,6 +402,9 @@ def _refresh(
         limit = rule.largest_unclipped(h, rule.scale(leaf_gamma, refreshes))
         takes_own_step = (jnp.abs(m) < limit).astype(jnp.float32)
         unclipped += jnp.sum(jnp.where(jnp.isfinite(h), takes_own_step, jnp.nan))
+    # Without a barrier XLA for CPU computes the whole sum once more in each leaf's choice below, so
+    # that a program of n leaves has n² operands: at 100 leaves, 4 s to compile instead of 0.8 s.
+    unclipped = jax.lax.optimization_barrier(unclipped)
     accepted = ~jnp.isnan(unclipped)
     win_rate = unclipped / max(sum(h.size for h in hs), 1)
     new = _Curvature(hs, refreshes, old.rejected, win_rate, gamma)

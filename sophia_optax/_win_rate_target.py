@@ -26,7 +26,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from sophia_optax import _checks
 from sophia_optax._types import Params, Scalar
@@ -137,7 +137,7 @@ class WinRateTarget:
                 unclipped_counts(m, h, gamma, g)
                 for (m, h, g), gamma in zip(ratios(), gammas, strict=True)
             ]
-        )
+        ).astype(jnp.float32)
         if not self.per_tensor:
             return next_gammas(self, state[None], counts.sum(axis=0)[None], refreshes)[0]
         places = jnp.array(leaves)
@@ -199,12 +199,13 @@ def win_rate_target(
     return WinRateTarget(target, per_tensor, decay)
 
 
+@jax.jit  # Traced once for all leaves of a shape.
 def unclipped_counts(
     momentum: Float[Array, "..."],
     curvature: Float[Array, "..."],
     gamma: Scalar = 1.0,
     gradient: Float[Array, "..."] | None = None,
-) -> Float[Array, " counts"]:
+) -> UInt32[Array, " counts"]:
     """Counts the coordinates of one parameter that each trial γ would leave unclipped.
 
     Args:
@@ -230,7 +231,7 @@ def unclipped_counts(
         return [x + y for x, y in zip(left, right, strict=True)]
 
     totals = jax.lax.reduce(operands, zeros, add, tuple(range(momentum.ndim)))
-    return jnp.stack([total.astype(jnp.float32) for total in totals])
+    return jnp.stack(totals)
 
 
 def next_gammas(

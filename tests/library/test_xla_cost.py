@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -86,3 +87,39 @@ def test_a_refresh_holds_what_its_estimate_does_and_nothing_more(sophia: Any) ->
     alone = (memory.temp_size_in_bytes + memory.output_size_in_bytes) / (8 * SIZE)
     assert refresh.temporaries <= alone + 0.01
     assert with_branch.temporaries <= alone + 0.01
+
+
+@pytest.mark.parametrize("gamma", [0.05, sophia_optax.win_rate_target()], ids=["fixed", "target"])
+def test_the_program_grows_as_the_number_of_leaves_does(gamma: Any) -> None:
+    """Not as its square, as where each leaf's choice computes the sum over all leaves again."""
+
+    def size(leaves: int) -> tuple[int, int]:
+        params = {f"{i:03d}": jax.ShapeDtypeStruct((4,), jnp.float32) for i in range(leaves)}
+        compiled = hlo.donated_step(
+            sophia_optax.sophia_g(1e-3, gamma=gamma),
+            params,
+            hessian_fn=lambda params: lambda key: jax.tree.map(jnp.square, params),
+        )
+        return len(hlo.instructions(compiled.as_text())), len(compiled.as_text())
+
+    for few, many in zip(size(8), size(32), strict=True):
+        assert many <= 4 * few
+
+
+def test_the_acceptance_can_be_differentiated_and_vectorized() -> None:
+    """Through the barrier that keeps the program small."""
+
+    def first_update(b1: jax.Array, x: jax.Array) -> jax.Array:
+        tx = sophia_optax.scale_by_sophia(b1=b1, gamma=1.0)
+        updates, _ = tx.update(x, tx.init(x), hessian_fn=lambda key: jnp.ones(2), refresh=True)
+        return updates
+
+    x = jnp.array([0.5, -2.0])
+    expected = -jnp.sum(x)
+    loss = lambda b1: jnp.sum(first_update(b1, x))  # noqa: E731
+    np.testing.assert_allclose(jax.grad(loss)(jnp.float32(0.9)), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        jax.jvp(loss, [jnp.float32(0.9)], [jnp.float32(1.0)])[1], expected, rtol=1e-5
+    )
+    many = jax.vmap(first_update, in_axes=(None, 0))(jnp.float32(0.9), jnp.stack([x, 2 * x]))
+    np.testing.assert_allclose(many[1], first_update(jnp.float32(0.9), 2 * x), rtol=1e-6)
