@@ -15,6 +15,7 @@ from tests.repository.pages import ROOT
 
 PACKAGE = ROOT / "sophia_optax"
 API = (ROOT / "docs/api.md").read_text()
+FROM_ADAMW = "docs/how-to/from-adamw"
 NAVIGATION = re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
 
 
@@ -65,7 +66,7 @@ def test_every_block_has_a_language_and_no_python_hides_under_another(page: Path
 
 
 def test_the_loops_before_and_after_the_move_from_adamw_learn() -> None:
-    (diff,) = pages.code_blocks(ROOT / "docs/how-to/from-adamw.md", "diff")
+    (diff,) = pages.code_blocks(ROOT / f"{FROM_ADAMW}.md", "diff")
     assert sum(line.startswith("+") for line in diff.splitlines()) == 6, "the page says six"
     for code in pages.sides(diff):
         namespace: dict[str, Any] = {}
@@ -85,6 +86,12 @@ def test_every_file_that_is_named_exists(page: Path) -> None:
     text = page.read_text()
     for name in re.findall(r"\b((?:benchmarks|examples|tests|notebooks)/[\w./-]*\w)", text):
         assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("name", ["README", "docs/index", "docs/concepts/estimators", FROM_ADAMW])
+def test_the_advice_on_optimizers_is_on_one_page_and_the_others_link_to_it(name: str) -> None:
+    text = (ROOT / f"{name}.md").read_text()
+    assert "choosing-hyperparameters.md#choose-the-optimizer" in text
 
 
 @pytest.mark.parametrize("page", [pages.README, *pages.DOCS], ids=lambda page: page.name)
