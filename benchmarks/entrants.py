@@ -31,15 +31,14 @@ class RaceHyperparameters(Hyperparameters):
     matrix_learning_rate: float | None = None
 
 
-def muon_with(build_rest: Rest) -> Rest:
-    """Muon on the blocks' matrices, another optimizer on embeddings, norms and biases."""
+def muon_with(build_rest: Rest, dimensions: Callable[[Any], Any] = muon_dimensions) -> Rest:
+    """Muon on the matrices that `dimensions` describes, another optimizer on the rest."""
 
     def label(params: Any) -> Any:
-        dimensions = muon_dimensions(params)
         matrix = optax.contrib.MuonDimensionNumbers
         return jax.tree.map(
             lambda d: "matrix" if isinstance(d, matrix) else "rest",
-            dimensions,
+            dimensions(params),
             is_leaf=lambda d: d is None or isinstance(d, matrix),
         )
 
@@ -47,7 +46,7 @@ def muon_with(build_rest: Rest) -> Rest:
         matrices = optax.contrib.muon(
             lambda step: schedule(step) * (h.matrix_learning_rate / h.learning_rate),
             weight_decay=h.weight_decay,
-            muon_weight_dimension_numbers=muon_dimensions,
+            muon_weight_dimension_numbers=dimensions,
         )
         return optax.partition({"matrix": matrices, "rest": build_rest(h, schedule)}, label)
 

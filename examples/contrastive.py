@@ -32,8 +32,8 @@ What that means for the curvature:
 
 The held-out score is what such a model is for: which of the ten captions an image's is.
 
-`python -m examples.contrastive` tunes every optimizer with as many tries as the others and trains
-with each on seeds that the tuning did not see; how that is done is in `examples.vision`.
+`python -m examples.contrastive` trains with each optimizer of `examples.vision`. A tuned comparison
+over several seeds is `benchmarks/digits.py`.
 """
 
 from typing import Any
@@ -42,7 +42,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 from flax import nnx
 
 import sophia_optax
@@ -135,4 +134,4 @@ def captions() -> Task:
 
 
 if __name__ == "__main__":
-    vision.main(tyro.cli(vision.Config), "contrastive", {"captions": captions})
+    vision.main({"captions": captions})

@@ -1,7 +1,10 @@
 """The examples beyond language: what they say of curvature, exactly, and that they run."""
 
+import functools
 import itertools
-import json
+import shutil
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -11,6 +14,7 @@ import pytest
 
 import sophia_optax
 from tests import oracles
+from tests.trainer import worker
 
 pytest.importorskip("sklearn", reason="the examples need scikit-learn")
 
@@ -291,56 +295,25 @@ def test_the_exact_curvature_of_the_scale_can_be_negative():
     assert hessian["log_scale"] < 0 < newton[-1]
 
 
-# --- the search -----------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
-def test_an_optimum_beyond_the_grid_is_found_and_the_tries_are_counted():
-    start = {"learning_rate": 1.0, "gamma": 1.0}
-
-    def loss_of_point(point):
-        return (np.log(point["learning_rate"]) - 5) ** 2 + np.log(point["gamma"]) ** 2
-
-    def error(found):
-        return abs(np.log(found["point"]["learning_rate"]) - 5) / np.log(vision.RUNG)
-
-    assert vision.tune(start, 9, loss_of_point)["open"]
-    assert error(vision.tune(start, 13, loss_of_point)) < 1  # in steps of two rungs
-    found = vision.tune(start, 20, loss_of_point)
-    assert len(found["tried"]) == 20
-    assert not found["open"]
-    assert error(found) <= 0.5
-
-
-def test_a_run_that_diverges_is_never_the_best():
-    found = vision.tune({"gamma": 1.0}, 6, lambda p: np.nan if p["gamma"] < 2 else p["gamma"])
-    assert found["point"]["gamma"] > 2
-
-
-def test_the_rungs_of_a_share_stay_between_zero_and_one():
-    rates = [vision.rung("win_rate", 0.3, k) for k in range(-8, 9)]
-    assert np.all(np.diff(rates) > 0)
-    assert 0 < min(rates) < max(rates) < 1
-    assert vision.rung("b1", 0.9, 2) == pytest.approx(0.7)
-    assert vision.rung("b1", 0.9, 8) == 0
-
-
-# --- the scripts ----------------------------------------------------------------------------------
+def run_of(make, name, steps):
+    tx, estimator = vision.optimizers(steps)[name]
+    return functools.partial(vision.train, make(), tx, estimator, vision.digits(), steps)
 
 
 @pytest.mark.parametrize(
-    "task, name",
+    "make, name",
     [
-        ("pixels", "sophia_g"),
-        ("classes", "sophia_h"),
-        *(("captions", n) for n in vision.OPTIMIZERS),
+        (vision.pixels, "sophia_g"),
+        (vision.classes, "sophia_h"),
+        *((contrastive.captions, n) for n in vision.optimizers(20)),
     ],
 )
-def test_every_optimizer_trains_on_what_it_is_given(tiny, task, name):
-    make = {**vision.TASKS, "captions": contrastive.captions}[task]
-    optimizer = vision.OPTIMIZERS[name]
-    run = vision.compiled(make(), optimizer, vision.digits(), 20)
-    shapes = jax.eval_shape(run, optimizer.start, 0)
-    assert shapes["training"].shape == (2,)
+def test_every_optimizer_trains_on_what_it_is_given(tiny, make, name):
+    shapes = jax.eval_shape(run_of(make, name, 20), 0)
+    assert shapes["training"].shape == (20,)
     assert set(shapes["test"]) > {"loss"}
     assert ("win_rate" in shapes) == name.startswith("sophia")
 
@@ -356,33 +329,32 @@ def test_duplicate_captions_are_masked_in_the_task(tiny):
 
 
 def test_a_run_learns_and_repeats_itself(tiny):
-    optimizer = vision.OPTIMIZERS["sophia_g"]
-    run = vision.compiled(vision.pixels(), optimizer, vision.digits(), 60)
-    first, again = run(optimizer.start, 0), run(optimizer.start, 0)
-    assert first["training"][-1] < 0.8 * first["training"][0]
+    run = jax.jit(run_of(vision.pixels, "sophia_g", 60))
+    first, again = run(0), run(0)
+    assert first["training"][-10:].mean() < 0.8 * first["training"][:10].mean()
     np.testing.assert_array_equal(first["training"], again["training"])
 
 
-def test_all_get_more_tries_while_one_is_at_an_edge_and_the_report_is_written(
-    monkeypatch, tmp_path, capsys
-):
-    def compiled(task, optimizer, splits, steps):
-        def run(point, seed):
-            loss = jnp.float32(point.get("gamma", 1.0) + seed / 1e4)  # the lower gamma the better
-            rates = {"win_rate": jnp.ones(2)} if "gamma" in point else {}
-            scores = {"loss": loss, "accuracy": jnp.float32(0.5)}
-            return {"training": jnp.ones(2), **rates, "tune": scores, "test": scores}
-
-        return run
-
-    monkeypatch.setattr(vision, "compiled", compiled)
-    config = vision.Config(optimizers=("adamw", "sophia_g"), tries=9, seeds=(0, 1), out=tmp_path)
-    vision.main(config, "vision", {"classes": lambda: None})
-    assert "sophia_g" in capsys.readouterr().out
-    written = json.loads((tmp_path / "vision.json").read_text())
-    assert {"command", "commit", "versions", "settings", "results"} <= set(written)
-    for row in written["results"]["classes"].values():
-        assert len(row["tuning"]["tried"]) == 17
-        assert [run["seed"] for run in row["runs"]] == [0, 1]
-    assert written["results"]["classes"]["sophia_g"]["tuning"]["open"]
-    assert (tmp_path / "vision.png").stat().st_size > 0
+def test_copied_out_of_the_repository_the_examples_run(tmp_path):
+    folder = tmp_path / "examples"
+    folder.mkdir()
+    for name in ("__init__", "vision", "contrastive"):
+        shutil.copy(worker.ROOT / "examples" / f"{name}.py", folder)
+    (tmp_path / "installed").mkdir()
+    (tmp_path / "installed" / "sophia_optax").symlink_to(worker.ROOT / "sophia_optax")
+    small = (
+        "import sys; from examples import vision, contrastive; "
+        "vision.WIDTH, vision.BLOCKS, sys.argv = 8, 1, ['', '--steps', '10']; "
+        "vision.main({'captions': contrastive.captions})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", small],
+        cwd=tmp_path,
+        env={**worker.environment(devices=1), "PYTHONPATH": str(tmp_path / "installed")},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [line[:2] for line in lines] == [["captions", n] for n in vision.optimizers(10)]
+    assert all(np.isfinite(float(line[3])) for line in lines)
