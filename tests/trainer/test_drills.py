@@ -19,7 +19,8 @@ from tests.trainer import worker
 STEPS = 60
 RUN = shlex.split(
     f"train --model micro --optimizer sophia_g --steps {STEPS} --batch-size 8 --curvature-batch 8 "
-    f"--log-interval 1 --save-interval 3 --eval-interval {STEPS} --eval-batches 1 --hosts.timeout 10"
+    f"--log-interval 1 --save-interval 3 --eval-interval {STEPS} --eval-batches 1 "
+    "--hosts.timeout 10"
 )
 PAUSE = 0.02  # seconds a step
 CRASHES = 5  # of each run
