@@ -1,10 +1,11 @@
 """The command line: `python -m examples.lm compare`, `train --optimizer sophia_g`, `plan`, ...."""
 
 import sys
+from typing import Any
 
 import tyro
 
-from examples.lm import compare, generate, hosts, plan, tune
+from examples.lm import compare, generate, hosts, plan, record, tune
 from examples.lm.config import CompareConfig, TrainConfig, UsageError
 
 COMMANDS = {
@@ -16,8 +17,11 @@ COMMANDS = {
 }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; returns the exit code."""
+PROGRAM = "python -m examples.lm"
+
+
+def parse(arguments: list[str]) -> Any:
+    """One command's configuration. With `--resume` the run's own settings are the defaults."""
     config = tyro.extras.subcommand_cli_from_dict(
         {
             "compare": CompareConfig,
@@ -27,13 +31,26 @@ def main(arguments: list[str] | None = None) -> int:
             "tune": tune.TuneConfig,
         },
         args=arguments,
-        prog="python -m examples.lm",
+        prog=PROGRAM,
     )
+    if not getattr(config, "resume", False):
+        return config
+    kind, command = type(config), arguments[0]
+    default = record.stored(kind, config.out)
+    return tyro.cli(kind, default=default, args=arguments[1:], prog=f"{PROGRAM} {command}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
     try:
+        config = parse(sys.argv[1:] if arguments is None else arguments)
         COMMANDS[type(config)](config)
     except UsageError as error:
         print(error, file=sys.stderr)
         return hosts.leave(2)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return hosts.leave(130)
     return 0
 
 

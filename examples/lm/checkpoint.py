@@ -1,7 +1,6 @@
 """Checkpoints: the train state and the data's position, saved in the background, newest N kept."""
 
 import contextlib
-import dataclasses
 import hashlib
 import logging
 import shutil
@@ -15,17 +14,7 @@ from jax.experimental import multihost_utils
 
 from examples.lm import hosts, run_folder
 from examples.lm.config import TrainConfig, UsageError
-from examples.lm.optimizers import hyperparameters
 from examples.lm.train import TrainState
-
-# What may differ between a run and its continuation: none of it changes the numbers.
-FREE = {
-    *("mesh", "hosts", "refresh", "remat", "attention", "out", "resume", "log_interval"),
-    *("save_interval", "keep", "on_save_error", "eval_interval", "eval_batches"),
-}
-
-# What a run did whose run.json is older than the flag.
-ABSENT = {"absolute_curvature": False}
 
 DIGESTS = "digests.json"
 UNFINISHED = ".orbax-checkpoint-tmp"
@@ -60,26 +49,6 @@ class Checkpoints:
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         with run_folder.writing(self.path):
             self.manager = self._open()
-
-    def describe(self) -> None:
-        """Writes down what run this is, for `check_same_run`."""
-        if jax.process_index() == 0:
-            run_folder.write_json(self.folder / run_folder.RECORD, identity(self.config))
-
-    def check_same_run(self) -> None:
-        """Tells the user what differs between this run and the one in the folder."""
-        before = ABSENT | run_folder.read_json(self.folder / run_folder.RECORD)
-        now = identity(self.config)
-        differences = [
-            f"{name} was {before.get(name)} and is {now.get(name)}"
-            for name in sorted({*before, *now})
-            if before.get(name) != now.get(name)
-        ]
-        if differences:
-            raise UsageError(
-                f"{self.folder} holds another run: {'; '.join(differences)}. "
-                "Resume it with its own settings, or choose another --out."
-            )
 
     def save(self, step: int, state: TrainState, batches: Any) -> None:
         """Starts writing, once what was being written is on disk."""
@@ -352,9 +321,3 @@ def sha256(path: Path) -> str:
 def first_line(error: Exception) -> str:
     """What the error says, in one line."""
     return next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
-
-
-def identity(config: TrainConfig) -> dict[str, Any]:
-    """All settings that a resumed run must share, with the optimizer's defaults filled in."""
-    settings = dataclasses.asdict(config) | dataclasses.asdict(hyperparameters(config))
-    return {name: value for name, value in settings.items() if name not in FREE}

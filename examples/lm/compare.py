@@ -2,17 +2,21 @@
 
 import contextlib
 import dataclasses
+import shlex
 import sys
 from pathlib import Path
 
 import jax
 from rich.console import Console
 
-from examples.lm import data, hosts, plot, report
+from examples.lm import data, generate, hosts, plot, record, report, run_folder, timing
 from examples.lm.checkpoint import Checkpoints
 from examples.lm.config import CompareConfig, RunConfig, TrainConfig, for_optimizer
 from examples.lm.loop import Result, fit
 from examples.lm.run import Run, resolve
+from examples.lm.train import Trainer
+
+SAMPLE = 64  # tokens of held-out text that a sample begins with, and that are added
 
 
 def compare(config: CompareConfig) -> None:
@@ -28,28 +32,46 @@ def train(config: TrainConfig) -> None:
 
 def train_and_report(config: RunConfig, configs: dict[str, TrainConfig], command: str) -> None:
     """Trains the runs one after another and reports on them together."""
-    hosts.join(config.hosts, agree=command == "train")
+    hosts.join(config.hosts)
+    folder = run_folder.existing(config.out) if config.resume else None
+    if folder is not None:
+        configs = {name: record.on_these_devices(folder, c) for name, c in configs.items()}
     runs = {name: resolve(of_run) for name, of_run in configs.items()}
-    corpus = data.load(config.data, config.tokenizer)
+    kept = None if folder is None else folder / run_folder.TOKENIZER
+    corpus = data.load(config.data, config.tokenizer, kept)
     runs = {name: run.with_vocabulary(corpus.vocab_size) for name, run in runs.items()}
     data.check_length(corpus, next(iter(runs.values())).model.context)
-    resume = isinstance(config, TrainConfig) and config.resume
-    folder = report.folder_of(config.out) if resume else report.new_folder(config.out, command)
+    if folder is None:
+        folder = run_folder.new(config.out, command)
     # A terminal narrower than the table would cut numbers off; a file has no width at all.
     width = None if sys.stdout.isatty() else 100
-    console = Console(width=width, quiet=jax.process_index() != 0)
-    describe(console, config, runs, corpus, folder)
-    again = f"--resume --out {folder}" if command == "train" else "another --out"
-    with hosts.last_words(
-        "Stopped: this process or another one of the run died; the lines above say which. Start "
-        f"all of them again with {again}."
+    console = Console(width=width, quiet=jax.process_index() != 0, soft_wrap=True)
+    again = continuation(command, folder)
+    with (
+        run_folder.writer(folder, resume=config.resume),
+        hosts.last_words(
+            "Stopped: this process or another one of the run died; the lines above say which. "
+            f"Start all of them again: {again}"
+        ),
     ):
-        results = train_all(console, runs, corpus, folder, checkpoints=command == "train")
-    if any(result.steps < config.steps for result in results.values()):
-        (result,) = results.values()
-        console.print(f"Stopped after step {result.steps}. Continue: --resume --out {folder}")
-    elif jax.process_index() == 0:
-        write_summary(console, config, runs, results, corpus, folder)
+        if config.resume:
+            record.check_same_run(folder, config, runs)
+            record.check_same_text(folder, corpus)
+        else:
+            record.write(folder, config, runs, corpus)
+        describe(console, config, runs, corpus, folder)
+        results = train_all(console, runs, corpus, folder)
+        stopped = [r for r in results.values() if r.steps < config.steps and r.diverged is None]
+        if stopped:
+            console.print(f"Stopped after step {stopped[0].steps}. Continue: {again}")
+        elif jax.process_index() == 0:
+            finish(console, config, runs, results, corpus, folder)
+
+
+def continuation(command: str, folder: Path) -> str:
+    """The command that goes on with a run."""
+    hosts_too = " --hosts.* as before" if jax.process_count() > 1 else ""
+    return f"python -m {__package__} {command} --resume --out {shlex.quote(str(folder))}{hosts_too}"
 
 
 def describe(
@@ -72,36 +94,35 @@ def describe(
 
 
 def train_all(
-    console: Console,
-    runs: dict[str, Run],
-    corpus: data.Corpus,
-    folder: Path,
-    checkpoints: bool,
+    console: Console, runs: dict[str, Run], corpus: data.Corpus, folder: Path
 ) -> dict[str, Result]:
-    """The runs' results, up to where SIGTERM ended one that has checkpoints."""
-    results = {}
-    termination = hosts.termination() if checkpoints else contextlib.nullcontext()
+    """The runs' results, up to the one that a signal ended."""
+    results: dict[str, Result] = {}
     with (
         report.progress_bar(console) as progress,
-        termination as stop,
+        hosts.termination() as stop,
         contextlib.ExitStack() as closing,
     ):
+        trainers = {}
         for name, run in runs.items():
-            store = Checkpoints(folder, run.config) if stop else None
-            if store and run.config.resume:
-                store.check_same_run()
-            elif store:
-                store.describe()
+            alone = len(runs) == 1
+            store = Checkpoints(folder, run.config, run="" if alone else name)
             log = report.tracker(
-                progress, name, run.config.steps, folder / "metrics.jsonl", closing
+                progress, name, run.config.steps, folder / run_folder.METRICS, closing
             )
-            results[name] = fit(run, corpus, log=log, store=store, stop=stop)
-            if store:
-                store.close()
+            trainers[name] = Trainer(run)
+            with contextlib.closing(store):
+                result = fit(run, corpus, trainer=trainers[name], log=log, store=store, stop=stop)
+            results[name] = result
+            if result.diverged is None and result.steps < run.config.steps:
+                return results
+        if len(runs) > 1:
+            for name, times in timing.in_turns(trainers, corpus).items():
+                results[name].seconds, results[name].refreshed = times
     return results
 
 
-def write_summary(
+def finish(
     console: Console,
     config: RunConfig,
     runs: dict[str, Run],
@@ -109,14 +130,19 @@ def write_summary(
     corpus: data.Corpus,
     folder: Path,
 ) -> None:
-    """Leaves the pictures and summary.json, and prints the table."""
+    """Prints the table and what it says, leaves the pictures and summary.json, shows a sample."""
     bigram_loss = data.bigram_loss(corpus, corpus.validation)
-    summaries = {name: report.summary(result) for name, result in results.items()}
-    metrics = report.read_metrics(folder / "metrics.jsonl")
-    plot.losses(metrics, folder / "loss.png", bigram_loss)
-    plot.curvature(metrics, folder)
-    report.write_json(
-        folder / "summary.json",
+    metrics = run_folder.read_metrics(folder / run_folder.METRICS)
+    summaries = {
+        name: report.summary(result, metrics.get(name, [])) for name, result in results.items()
+    }
+    for name, result in results.items():
+        if not result.seconds:  # all of its steps were taken before
+            summaries[name] |= report.measured(folder, name)
+    console.print(report.table(summaries, bigram_loss))
+    console.print(report.verdict(summaries), highlight=False)
+    run_folder.write_json(
+        folder / run_folder.SUMMARY,
         {
             "config": dataclasses.asdict(config),
             "hyperparameters": {
@@ -128,4 +154,17 @@ def write_summary(
             "runs": summaries,
         },
     )
-    console.print(report.table(summaries, bigram_loss))
+    plot.losses(metrics, folder / "loss.png", bigram_loss)
+    plot.curvature(metrics, folder)
+    console.print(report.written(folder), highlight=False)
+    name = report.best(summaries)
+    if name is not None and corpus.codec is not None and jax.process_count() == 1:
+        settings = generate.GenerateConfig(str(folder), tokens=SAMPLE)
+        prompt = corpus.codec.decode(corpus.validation[:SAMPLE].tolist()).encode()
+        alone = len(runs) == 1
+        text = generate.text_after(
+            prompt, runs[name].config, corpus.codec, settings, "" if alone else name
+        )
+        if text is not None:
+            console.print(f"A sample from {name}:", highlight=False)
+            console.print(text, highlight=False, markup=False)

@@ -126,6 +126,11 @@ class RunConfig:
       eval_batches: batches in a validation.
       log_interval: steps from one logged line to the next.
       out: where results go; runs/<time>-<command> if left out.
+      resume: continue the run in `out` at its newest checkpoint, with its settings.
+      save_interval: steps from one checkpoint to the next.
+      keep: how many checkpoints are kept.
+      on_save_error: what to do when a checkpoint cannot be written, as on a full disk.
+      stop_on_nan: end a run whose loss or gradient is not finite, without another checkpoint.
     """
 
     model: str = "tiny"
@@ -145,6 +150,11 @@ class RunConfig:
     eval_batches: int = 16
     log_interval: int = 10
     out: str | None = None
+    resume: bool = False
+    save_interval: int = 500
+    keep: int = 3
+    on_save_error: Literal["continue", "stop"] = "continue"
+    stop_on_nan: bool = True
 
 
 @dataclass(frozen=True)
@@ -153,17 +163,9 @@ class TrainConfig(RunConfig, Hyperparameters):
 
     Attributes:
       optimizer: a name in `optimizers.OPTIMIZERS`.
-      resume: continue the run in `out` at its newest checkpoint.
-      save_interval: steps from one checkpoint to the next.
-      keep: how many checkpoints are kept.
-      on_save_error: what to do when a checkpoint cannot be written, as on a full disk.
     """
 
     optimizer: str = "sophia_g"
-    resume: bool = False
-    save_interval: int = 500
-    keep: int = 3
-    on_save_error: Literal["continue", "stop"] = "continue"
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,18 @@
 """Text from a trained model."""
 
+import contextlib
+import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from examples.lm import data, run_folder, tokenizers
+from examples.lm import data, record, run_folder, tokenizers
 from examples.lm.checkpoint import Checkpoints
-from examples.lm.config import Hyperparameters, RunConfig, TrainConfig, UsageError
+from examples.lm.config import MeshConfig, TrainConfig, UsageError
 from examples.lm.run import resolve
 from examples.lm.train import Trainer
 
@@ -33,13 +36,6 @@ class GenerateConfig:
     seed: int = 0
 
 
-def run_config(out: str) -> TrainConfig:
-    """The settings that a run's folder says it was trained with."""
-    known = {*RunConfig.__dataclass_fields__, *Hyperparameters.__dataclass_fields__, "optimizer"}
-    written = run_folder.read_json(run_folder.existing(out) / run_folder.RECORD)
-    return TrainConfig(**{k: v for k, v in written.items() if k in known}, out=out)
-
-
 def sample(trainer: Trainer, params: jax.Array, prompt: list[int], config: GenerateConfig) -> list:
     """The prompt and what follows it; the model sees the last `context` tokens."""
     context = trainer.run.model.context
@@ -59,26 +55,47 @@ def sample(trainer: Trainer, params: jax.Array, prompt: list[int], config: Gener
     return tokens
 
 
+def text_after(
+    prompt: bytes, run: TrainConfig, codec: tokenizers.Codec, config: GenerateConfig, name: str = ""
+) -> str | None:
+    """A prompt and what the run's newest checkpoint continues it with; None without a checkpoint.
+
+    Args:
+      prompt: what the text begins with.
+      run: the settings that the model was trained with.
+      codec: the tokenizer that it was trained with.
+      config: the folder, and how to sample.
+      name: the run's among several in the folder.
+    """
+    run = dataclasses.replace(run, mesh=MeshConfig(), accumulate=1)
+    trainer = Trainer(resolve(run, devices=jax.devices()[:1]).with_vocabulary(codec.size))
+    store = Checkpoints(Path(config.out), run, read_only=True, run=name)
+    with contextlib.closing(store):
+        restored = store.restore(trainer.abstract_sharded_state())
+    if restored is None:
+        return None
+    tokens = [int(token) for token in codec.encode(prompt)]
+    return printable(codec.decode(sample(trainer, restored[1].params, tokens, config)))
+
+
+def printable(text: str) -> str:
+    """The text without control characters, which a terminal would obey."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
 def generate(config: GenerateConfig) -> None:
     """Prints the sample."""
     if config.temperature <= 0 or config.tokens < 1 or not config.prompt:
         raise UsageError("--temperature and --tokens have to be positive, and --prompt not empty.")
-    run = run_config(config.out)
+    run = record.stored(TrainConfig, config.out)
     if run.data.startswith("bin:"):
         raise UsageError("A run on token files does not know their tokenizer; nothing to print.")
-    folder = run_folder.existing(config.out)
     codec = tokenizers.find(
         run.tokenizer,
         lambda: data.texts_of(run.data)["train"],  # of a run that kept no tokenizer
-        folder / run_folder.TOKENIZER,
+        Path(config.out) / run_folder.TOKENIZER,
     )
-    trainer = Trainer(resolve(run, devices=jax.devices()[:1]).with_vocabulary(codec.size))
-    store = Checkpoints(folder, run, read_only=True)
-    restored = store.restore(trainer.abstract_sharded_state())
-    if restored is None:
+    text = text_after(config.prompt.encode(), run, codec, config)
+    if text is None:
         raise UsageError(f"{config.out} holds no checkpoint yet. Wait for the run's first one.")
-    state = restored[1]
-    prompt = [int(token) for token in codec.encode(config.prompt.encode())]
-    Console(markup=False, highlight=False).print(
-        codec.decode(sample(trainer, state.params, prompt, config))
-    )
+    Console(markup=False, highlight=False).print(text)

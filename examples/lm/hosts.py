@@ -22,12 +22,11 @@ from examples.lm.config import HostConfig, UsageError
 WATCHER = "import sys; sys.stdin.read() or print(sys.argv[1], file=sys.stderr)"
 
 
-def join(config: HostConfig, agree: bool) -> None:
+def join(config: HostConfig) -> None:
     """Connects this process with the others of its run, before anything asks for devices.
 
     Args:
       config: where the others are.
-      agree: whether the run will ask `termination`. JAX then keeps SIGTERM to itself.
 
     Raises:
       UsageError: the others are not described, or do not answer.
@@ -38,7 +37,7 @@ def join(config: HostConfig, agree: bool) -> None:
         raise UsageError("--hosts.coordinator needs --hosts.processes and --hosts.process too.")
     if config.timeout < 1:
         raise UsageError(f"--hosts.timeout is {config.timeout}. It has to be at least 1.")
-    jax.config.update("jax_enable_preemption_service", agree)
+    jax.config.update("jax_enable_preemption_service", True)  # for `termination`
     try:
         jax.distributed.initialize(
             config.coordinator,

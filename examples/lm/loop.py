@@ -1,5 +1,6 @@
 """The loop around the training step: batches in, metrics, validations and checkpoints out."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ class Result:
       validation_loss: after the last step, nats a token.
       steps: how many steps the state has behind it.
       peak_bytes: the most memory that this process's first device has held, where it counts.
+      diverged: the step whose loss or gradient was not finite, if there was one.
     """
 
     records: list[dict[str, float]]
@@ -32,6 +34,7 @@ class Result:
     validation_loss: float
     steps: int = 0
     peak_bytes: int | None = None
+    diverged: int | None = None
 
     @property
     def step_seconds(self) -> float:
@@ -131,17 +134,35 @@ def fit(
         losses = [trainer.evaluate(state.params, batch) for batch in held_out]
         return float(np.mean(jax.device_get(losses)))
 
+    def diverge(step: int, what: str) -> None:
+        if result.diverged is None:
+            result.diverged = step
+            hosts.warn(
+                f"{config.optimizer} diverged: {what} at step {step}. Try a lower --learning-rate, "
+                "a longer --warmup or a smaller --clip-norm, with another --out."
+            )
+
     def report(step: int, metrics: Metrics, started: float) -> None:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         seconds = time.perf_counter() - started
         if step > start:
             result.seconds.append(seconds)
             result.refreshed.append(trainer.refreshes_at(step))
-        if step % config.log_interval == 0 or step == config.steps - 1:
+        finite = all(math.isfinite(values[name]) for name in ("loss", "grad_norm"))
+        if not finite:
+            diverge(
+                step,
+                f"the loss is {values['loss']:.3g} and the gradient's norm "
+                f"{values['grad_norm']:.3g}",
+            )
+        if step % config.log_interval == 0 or step in (config.steps - 1, result.diverged):
             speed = config.batch_size * context / seconds
             line = {"step": step, **values, "tokens_per_second": speed}
             share = flops.utilization(run.model, speed, list(run.mesh.devices.flat))
             record(line if share is None else line | {"mfu": share})
+
+    def failed() -> bool:
+        return config.stop_on_nan and result.diverged is not None
 
     late: Metrics | None = None
     clock = time.perf_counter()
@@ -151,7 +172,9 @@ def fit(
         if late is not None:
             report(step - 1, late, clock)
             clock = time.perf_counter()
-        late = metrics
+        late, result.steps = metrics, step + 1
+        if failed():
+            break
         done, stopping = step + 1, stop is not None and stop(step + 1)
         at_end = done == config.steps or stopping
         validating = done % config.eval_interval == 0 or done == config.steps
@@ -161,13 +184,16 @@ def fit(
         if validating or saving or at_end:
             report(step, late, clock)
             late = None
-            if validating and (not stopping or done == config.steps):
+            if validating and not failed() and (not stopping or done == config.steps):
                 result.validation_loss = held_out_loss(state)
                 record({"step": done, "val_loss": result.validation_loss})
+                if not math.isfinite(result.validation_loss):
+                    diverge(step, f"the validation loss is {result.validation_loss}")
+            if failed():
+                break
             if store and saving:
                 store.save(done, state, hosts.gather(batches.get_state()))
             clock = time.perf_counter()
-        result.steps = done
         if stopping:
             break
     if start == config.steps:  # stopped before, after its last step

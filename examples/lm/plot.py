@@ -7,7 +7,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.figure import Figure
 
+from examples.lm import run_folder
 from sophia_optax import plotting
 
 Records = list[dict[str, float]]
@@ -19,8 +21,7 @@ def losses(runs: dict[str, Records], path: Path, reference: float | None = None)
     last = []
     for index, (name, records) in enumerate(runs.items()):
         color = f"C{index}"
-        training = [(r["step"], r["loss"]) for r in records if "loss" in r]
-        validation = [(r["step"], r["val_loss"]) for r in records if "val_loss" in r]
+        training, validation = (finite(records, key) for key in ("loss", "val_loss"))
         if training:
             steps, values = np.array(training).T
             axes.plot(steps, smoothed(values), color=color, alpha=0.3, linewidth=1)
@@ -39,8 +40,9 @@ def losses(runs: dict[str, Records], path: Path, reference: float | None = None)
         axes.set_ylim(low - 0.1, high + 0.6 * (high - low) + 0.3)
     axes.set(xlabel="step", ylabel="loss (nats a token)", title="validation loss (training: faint)")
     axes.grid(alpha=0.25)
-    axes.legend()
-    figure.savefig(path, dpi=150)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
+    save(figure, path)
     plt.close(figure)
 
 
@@ -49,7 +51,17 @@ def curvature(runs: dict[str, Records], folder: Path) -> None:
     for draw in (plotting.win_rate, plotting.gamma):
         name = draw.__name__
         if any(name in record for records in runs.values() for record in records):
-            draw(runs).savefig(folder / f"{name}.png", dpi=150)
+            save(draw(runs), folder / f"{name}.png")
+
+
+def finite(records: Records, key: str) -> list[tuple[float, float]]:
+    """A curve's points by step, up to where it is no longer finite."""
+    return [(r["step"], r[key]) for r in records if key in r and np.isfinite(r[key])]
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes the picture, whole or not at all."""
+    run_folder.replace(path, lambda unfinished: figure.savefig(unfinished, dpi=150))
 
 
 def smoothed(values: np.ndarray, width: int = 5) -> np.ndarray:

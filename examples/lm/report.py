@@ -15,10 +15,8 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
 
 from examples.lm import run_folder
+from examples.lm.config import UsageError
 from examples.lm.loop import Result
-
-read_metrics, write_json = run_folder.read_metrics, run_folder.write_json
-folder_of, new_folder = run_folder.existing, run_folder.new
 
 
 def progress_bar(console: Console) -> Progress:
@@ -112,16 +110,28 @@ def training_line(record: dict[str, float]) -> str:
     return "  ".join(parts)
 
 
-def summary(result: Result) -> dict[str, Any]:
-    """A run in a few numbers."""
+def summary(result: Result, records: list[dict[str, float]]) -> dict[str, Any]:
+    """A run in a few numbers; `records` are all of its lines, from before it was resumed too."""
+    rates = [record["win_rate"] for record in records if "win_rate" in record]
     return {
         "validation_loss": result.validation_loss,
         "step_seconds": result.step_seconds,
         "curvature_share": result.curvature_share,
-        "win_rate": result.win_rate,
+        "win_rate": sum(rates) / len(rates) if rates else None,
         "steps": result.steps,
+        "diverged": result.diverged,
         "peak_bytes": result.peak_bytes,
     }
+
+
+def measured(folder: Path, name: str) -> dict[str, Any]:
+    """A run's times and memory in the summary that is there already, if it is whole."""
+    try:
+        row = run_folder.read_json(folder / run_folder.SUMMARY)["runs"][name]
+        names = ("step_seconds", "curvature_share", "peak_bytes")
+        return {key: row[key] for key in names if isinstance(row[key], (float, int))}
+    except (UsageError, KeyError, TypeError):
+        return {}
 
 
 def table(summaries: dict[str, dict[str, Any]], bigram_loss: float | None) -> Table:
@@ -131,10 +141,11 @@ def table(summaries: dict[str, dict[str, Any]], bigram_loss: float | None) -> Ta
     for column in ("validation loss", "step time", "on curvature", "win rate"):
         out.add_column(column, justify="right")
     for name, row in summaries.items():
+        loss = f"{row['validation_loss']:.4f}"
         win_rate = "-" if row["win_rate"] is None else f"{row['win_rate']:.2f}"
         out.add_row(
             name,
-            f"{row['validation_loss']:.4f}",
+            loss if row["diverged"] is None else f"diverged at step {row['diverged']}",
             f"{1e3 * row['step_seconds']:.1f} ms",
             f"{100 * row['curvature_share']:.1f} %",
             win_rate,
@@ -143,3 +154,31 @@ def table(summaries: dict[str, dict[str, Any]], bigram_loss: float | None) -> Ta
         out.add_section()
         out.add_row("bigram counts", f"{bigram_loss:.4f}", "-", "-", "-", style="dim")
     return out
+
+
+def best(summaries: dict[str, dict[str, Any]]) -> str | None:
+    """The run with the lowest validation loss; None if all diverged."""
+    losses = {n: row["validation_loss"] for n, row in summaries.items() if row["diverged"] is None}
+    return min(losses, key=lambda name: losses[name], default=None)
+
+
+def verdict(summaries: dict[str, dict[str, Any]]) -> str:
+    """What the table says, in one sentence."""
+    first = best(summaries)
+    if first is None:
+        return "Every run diverged; the warnings above say where, and what to try."
+    loss = summaries[first]["validation_loss"]
+    others = {name: row for name, row in summaries.items() if name != first}
+    second = best(others)
+    if second is None:
+        return f"{first} ends at a validation loss of {loss:.4f} nats a token."
+    margin = others[second]["validation_loss"] - loss
+    return f"{first} ends lowest, at {loss:.4f} nats a token: {margin:.4f} below {second}."
+
+
+def written(folder: Path) -> str:
+    """What a run leaves, and where."""
+    names = ["loss.png", "win_rate.png", "gamma.png", run_folder.METRICS, run_folder.SUMMARY]
+    names += ["tensorboard", "checkpoints"]
+    found = ", ".join(name for name in names if (folder / name).exists())
+    return f"Written to {folder}: {found}"

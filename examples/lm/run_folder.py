@@ -36,6 +36,7 @@ LOCK = "lock"
 RECORD = "run.json"
 METRICS = "metrics.jsonl"
 TOKENIZER = "tokenizer.json"
+SUMMARY = "summary.json"
 
 Record = dict[str, Any]
 
@@ -259,7 +260,7 @@ def forget_lines_after(path: Path, steps: int, run: str | None = None) -> None:
         if (run is not None and record.get("run") != run)
         or record["step"] < steps + ("val_loss" in record)
     ]
-    if path.exists():
+    if path.exists() and (kept != records or not path.read_bytes().endswith(b"\n")):
         text = "".join(json.dumps(record) + "\n" for record in kept)
         replace(path, lambda unfinished: unfinished.write_text(text))
 

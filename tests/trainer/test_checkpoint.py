@@ -20,11 +20,11 @@ import orbax.checkpoint as ocp
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from examples.lm import checkpoint, report
+from examples.lm import checkpoint, run_folder
 from examples.lm.__main__ import main
 from examples.lm.checkpoint import Checkpoints
-from examples.lm.config import MeshConfig, TrainConfig, UsageError
-from examples.lm.mesh import make_mesh
+from examples.lm.config import TrainConfig, UsageError
+from examples.lm.run import resolve
 from examples.lm.train import Trainer
 from tests.trainer import worker
 
@@ -72,7 +72,7 @@ def final_state(folder):
 
 def losses(folder):
     """Of every line: the step, the training loss and the validation loss."""
-    lines = report.read_metrics(folder / "metrics.jsonl")["sophia_g"]
+    lines = run_folder.read_metrics(folder / "metrics.jsonl")["sophia_g"]
     return [(line["step"], line.get("loss"), line.get("val_loss")) for line in lines]
 
 
@@ -173,7 +173,7 @@ def stored(finished, tmp_path):
     folder = tmp_path / "stored"
     shutil.copytree(finished, folder)
     config = TrainConfig(**FLAGS)
-    trainer = Trainer(config, make_mesh(MeshConfig(), jax.devices()), 256)
+    trainer = Trainer(resolve(config).with_vocabulary(256))
 
     def restore(trainer=trainer, **how):
         store = Checkpoints(folder, config, **how)
@@ -275,7 +275,7 @@ def test_a_file_that_cannot_be_read_for_a_moment_changes_nothing(stored, monkeyp
 def test_a_state_of_another_form_changes_nothing(stored):
     folder, restore = stored
     other = TrainConfig(**FLAGS | {"optimizer": "adamw"})
-    trainer = Trainer(other, make_mesh(MeshConfig(), jax.devices()), 256)
+    trainer = Trainer(resolve(other).with_vocabulary(256))
     with pytest.raises(UsageError, match="whole, as its digests say"):
         restore(trainer)
     assert steps_of(folder) == {4, 8, 12}

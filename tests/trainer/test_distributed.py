@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from examples.lm import report
+from examples.lm import run_folder
 from tests.trainer import worker
 
 STEPS = 100
@@ -39,7 +39,7 @@ def start_two(out: Path, cache: Path, *flags: str) -> list[subprocess.Popen]:
 
 def lines(out: Path) -> list[dict[str, float]]:
     path = out / "metrics.jsonl"
-    return report.read_metrics(path)["sophia_g"] if path.exists() else []
+    return run_folder.read_metrics(path)["sophia_g"] if path.exists() else []
 
 
 def wait_for_step(step: int, out: Path, workers: list[subprocess.Popen]) -> None:

@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from examples.lm import report
+from examples.lm import run_folder
 from tests.trainer import worker
 
 STEPS = 60
@@ -61,7 +61,7 @@ def finish(workers):
 
 def losses(out):
     """Of every line: the step, the training loss and the validation loss."""
-    lines = report.read_metrics(out / "metrics.jsonl")["sophia_g"]
+    lines = run_folder.read_metrics(out / "metrics.jsonl")["sophia_g"]
     return [(line["step"], line.get("loss"), line.get("val_loss")) for line in lines]
 
 

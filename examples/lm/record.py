@@ -1,0 +1,182 @@
+"""run.json: the settings that a run was started with, and what may change when it goes on."""
+
+import dataclasses
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+
+from examples.lm import data, hosts, run_folder
+from examples.lm.config import CompareConfig, MeshConfig, RunConfig, TrainConfig, UsageError
+from examples.lm.mesh import make_mesh
+from examples.lm.run import Run
+
+Config = TypeVar("Config", CompareConfig, TrainConfig)
+
+# Settings of the machine or of one start, which run.json does not keep.
+NOT_KEPT = {"hosts", "out", "resume"}
+
+# What may differ between a run and its continuation: none of it changes the numbers.
+FREE = {
+    *("mesh", "refresh", "remat", "attention", "log_interval", "save_interval", "keep"),
+    *("on_save_error", "stop_on_nan", "eval_interval", "eval_batches"),
+}
+
+# The form of run.json. Version 1 is that of files that do not name one.
+VERSION = 2
+
+
+def write(folder: Path, config: RunConfig, runs: dict[str, Run], corpus: data.Corpus) -> None:
+    """Writes down what run this is, and the tokenizer that was learnt for it."""
+    if jax.process_index() != 0:
+        return
+    if corpus.codec is not None and corpus.codec.learnt is not None:
+        learnt = corpus.codec.learnt
+        run_folder.replace(folder / run_folder.TOKENIZER, lambda path: path.write_text(learnt))
+    text = {"text": data.fingerprint(corpus)}
+    run_folder.write_json(folder / run_folder.RECORD, settings(config, runs) | text)
+
+
+def settings(config: RunConfig, runs: dict[str, Run]) -> dict[str, Any]:
+    """All that a run was started with, the optimizers' defaults filled in."""
+    kept = {k: v for k, v in dataclasses.asdict(config).items() if k not in NOT_KEPT}
+    found = {name: dataclasses.asdict(run.hyperparameters) for name, run in runs.items()}
+    if isinstance(config, TrainConfig):
+        (hyperparameters,) = found.values()
+        return {"version": VERSION, **kept, **hyperparameters}
+    return {"version": VERSION, **kept, "hyperparameters": found}
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """What `write` wrote, or an earlier version of it."""
+    found = run_folder.read_json(folder / run_folder.RECORD)
+    if found.get("version", 1) == 1:
+        # --absolute-curvature was off where it was not given, or not known yet.
+        absolute = found.pop("absolute_curvature", False)
+        if found.get("optimizer") == "sophia_h" and not absolute:
+            found["optimizer"] = "sophia_h_paper"
+    return found
+
+
+def stored(kind: type[Config], out: str | None) -> Config:
+    """The settings of the run in a folder: the defaults of `--resume`.
+
+    Raises:
+      UsageError: there is no run of that kind, or its record is damaged.
+    """
+    folder = run_folder.existing(out)
+    found = read(folder)
+    if ("optimizers" in found) != (kind is CompareConfig):
+        command = "compare" if "optimizers" in found else "train"
+        raise UsageError(f"{folder} was made by `{command}`. Resume it with that command.")
+    hints = typing.get_type_hints(kind)
+    values = {}
+    for field in dataclasses.fields(kind):
+        if field.name not in found or field.name in NOT_KEPT:
+            continue
+        value = found[field.name]
+        if field.name == "mesh":
+            value = mesh_of(folder, value)
+        elif isinstance(value, list):
+            value = tuple(value)
+        if not fits(value, hints[field.name]):
+            raise UsageError(
+                f"{folder / run_folder.RECORD} is damaged: {field.name} is {value!r}. Restore it "
+                "from a copy, or start with another --out."
+            )
+        values[field.name] = value
+    return kind(**values)
+
+
+def on_these_devices(folder: Path, config: TrainConfig) -> TrainConfig:
+    """The run with the mesh of all devices, where its own is for another number of them."""
+    if config.mesh != mesh_of(folder, read(folder).get("mesh", {})):
+        return config
+    try:
+        make_mesh(config.mesh)
+    except UsageError:
+        hosts.warn(
+            f"the run began on a mesh of {dataclasses.astuple(config.mesh)} (data, fsdp, tensor) "
+            f"and there are {jax.device_count()} devices now. It goes on with --mesh.data -1."
+        )
+        return dataclasses.replace(config, mesh=MeshConfig())
+    return config
+
+
+def mesh_of(folder: Path, value: Any) -> MeshConfig:
+    """A mesh as run.json has it."""
+    try:
+        found = MeshConfig(**value)
+        if all(type(size) is int for size in dataclasses.astuple(found)):
+            return found
+    except TypeError:
+        pass
+    raise UsageError(f"{folder / run_folder.RECORD} is damaged: mesh is {value!r}.")
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of the type that a flag has."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return value in arguments
+    if origin is tuple:
+        return isinstance(value, tuple) and all(isinstance(x, str) for x in value)
+    if arguments:  # a union
+        return any(fits(value, argument) for argument in arguments)
+    if hint is float:
+        return type(value) in (int, float)
+    return value is None if hint is type(None) else type(value) is hint
+
+
+def check_same_run(folder: Path, config: RunConfig, runs: dict[str, Run]) -> None:
+    """Tells the user what differs between this run and the one in the folder.
+
+    More steps than before are allowed, and said; run.json then has the new number.
+
+    Raises:
+      UsageError: something else differs, and would change the numbers.
+    """
+    before, now = read(folder), settings(config, runs)
+    compared = {*before, *now} - FREE - {"version", "text", "steps"}
+    differences = [
+        f"{name} was {before.get(name)} and is {now.get(name)}"
+        for name in sorted(compared)
+        if before.get(name, absent(name, config)) != run_folder.strict(now.get(name))
+    ]
+    steps = before.get("steps", config.steps)
+    if config.steps < steps:
+        differences.append(f"steps was {steps} and is {config.steps}")
+    if differences:
+        raise UsageError(
+            f"{folder} holds another run: {'; '.join(differences)}. "
+            "Resume it with its own settings, or choose another --out."
+        )
+    if config.steps > steps and jax.process_index() == 0:
+        print(
+            f"The run goes on to {config.steps} steps instead of {steps}. From here on the "
+            f"learning rate follows the schedule of a run of {config.steps} steps, which is higher "
+            "at the same step."
+        )
+        run_folder.write_json(folder / run_folder.RECORD, before | {"steps": config.steps})
+
+
+def absent(name: str, config: RunConfig) -> Any:
+    """What a run did whose run.json is older than a flag: what the flag does if it is not given."""
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}
+    default = defaults.get(name)
+    return None if default is dataclasses.MISSING else default
+
+
+def check_same_text(folder: Path, corpus: data.Corpus) -> None:
+    """Warns of text that has changed since the run began."""
+    before, now = read(folder).get("text"), data.fingerprint(corpus)
+    if not isinstance(before, dict):  # a version that did not write it down
+        return
+    changed = [split for split in now if before.get(split) != now[split]]
+    if changed:
+        what = "; ".join(f"{split} had {before.get(split)}, has {now[split]}" for split in changed)
+        hosts.warn(
+            f"the data has changed since {folder} was begun ({what}). The run goes on with what is "
+            "there now; its losses cannot be compared with the earlier ones."
+        )
