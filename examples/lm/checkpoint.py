@@ -294,9 +294,12 @@ class Checkpoints:
         """Says that nothing was saved, or ends the run."""
         step, self.saving = self.saving, None
         self._remove_unfinished()
-        with contextlib.suppress(*SAVE_ERRORS):
-            self.manager.close()
-        self.manager = self._open()  # what a failed save leaves in the old one is never cleaned up
+        if jax.process_count() == 1:
+            # What a failed save leaves in the old one is never cleaned up. Of several processes,
+            # the others may not know yet that it failed, and opening waits for them.
+            with contextlib.suppress(*SAVE_ERRORS):
+                self.manager.close()
+            self.manager = self._open()
         message = (
             f"the checkpoint after step {step} could not be saved ({first_line(error)}); the "
             "older ones are kept."

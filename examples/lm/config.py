@@ -115,7 +115,8 @@ class RunConfig:
       steps: optimizer steps.
       batch_size: sequences in a step, over all devices and microbatches.
       accumulate: microbatches that a step is cut into, to save memory.
-      curvature_batch: sequences that a curvature estimate sees; half the batch if left out.
+      curvature_batch: sequences that a curvature estimate sees; half the batch, or the nearest
+        divisor below, if left out.
       refresh: "cond" branches on the device; "host" compiles two steps and picks one.
       remat: recompute each block's activations in the backward pass, to save memory.
       attention: XLA's own, or cuDNN's fused kernel, which Hutchinson's estimator goes around.

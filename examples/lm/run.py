@@ -72,8 +72,10 @@ def resolve(
     row = row or lookup(OPTIMIZERS, config.optimizer, "optimizer")
     check_numbers(config)
     device_mesh = make_mesh(config.mesh, devices)
-    size = config.batch_size // 2 if config.curvature_batch is None else config.curvature_batch
-    check_batches(config, size, device_mesh)
+    check_batch(config, device_mesh)
+    size = config.curvature_batch or half(config.batch_size, batch_shards(device_mesh))
+    if row.curvature is not None and not row.curvature.whole_batch:
+        check_curvature_batch(config, size, device_mesh)
     return Run(
         config=config,
         optimizer=row,
@@ -86,8 +88,14 @@ def resolve(
     )
 
 
-def check_batches(config: TrainConfig, curvature_batch: int, device_mesh: Mesh) -> None:
-    """Tells the user of batches that cannot be cut as asked."""
+def half(batch_size: int, shards: int) -> int:
+    """The largest part of a batch, up to its half, that divides it and spreads over the devices."""
+    parts = range(shards, max(batch_size // 2, shards) + 1, shards)
+    return max((size for size in parts if batch_size % size == 0), default=batch_size)
+
+
+def check_batch(config: TrainConfig, device_mesh: Mesh) -> None:
+    """Tells the user of a batch that cannot be cut as asked."""
     if config.attention == "cudnn" and device_mesh.devices.flat[0].platform != "gpu":
         raise UsageError("--attention cudnn needs an NVIDIA GPU. Leave it out.")
     if config.batch_size % jax.process_count():
@@ -96,20 +104,24 @@ def check_batches(config: TrainConfig, curvature_batch: int, device_mesh: Mesh) 
             "processes. Choose a multiple."
         )
     shards = batch_shards(device_mesh)
-    for what, size, parts in (
-        (
-            f"--batch-size {config.batch_size} over --accumulate {config.accumulate}",
-            config.batch_size,
-            config.accumulate * shards,
-        ),
-        (f"--curvature-batch {curvature_batch}", curvature_batch, shards),
-    ):
-        if size < 1 or size % parts:
-            raise UsageError(
-                f"{what} does not divide over {shards} device(s). Choose a multiple of {parts}."
-            )
-    if config.batch_size % curvature_batch:
+    parts = config.accumulate * shards
+    if config.batch_size % parts:
         raise UsageError(
-            f"--curvature-batch {curvature_batch} does not divide --batch-size "
-            f"{config.batch_size}. Choose a divisor."
+            f"--batch-size {config.batch_size} over --accumulate {config.accumulate} does not "
+            f"divide over {shards} device(s). Choose a multiple of {parts}."
+        )
+
+
+def check_curvature_batch(config: TrainConfig, size: int, device_mesh: Mesh) -> None:
+    """Tells the user of a part of the batch that cannot be taken from it."""
+    shards = batch_shards(device_mesh)
+    if size % shards:
+        raise UsageError(
+            f"--curvature-batch {size} does not divide over {shards} device(s). "
+            f"Choose a multiple of {shards}."
+        )
+    if config.batch_size % size:
+        raise UsageError(
+            f"--curvature-batch {size} does not divide --batch-size {config.batch_size}. "
+            "Choose a divisor."
         )

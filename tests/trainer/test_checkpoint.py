@@ -332,12 +332,37 @@ def test_another_runs_checkpoint_is_refused_by_naming_what_differs(
 
 
 @contextlib.contextmanager
-def small_disk(folder: Path):
-    """A file system of its own, of a megabyte; yields a function that fills or empties it."""
+def mounted(folder: Path, options: str):
+    """A file system of its own."""
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
     if not shutil.which("mount") or subprocess.call(mount):
         pytest.skip("needs the right to mount a tmpfs")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@contextlib.contextmanager
+def few_inodes(folder: Path):
+    """A file system for 400 files; yields a function that makes as many as it takes."""
+    with mounted(folder, "size=64m,nr_inodes=400"):
+        ballast = folder / "ballast"
+
+        def fill(full: bool) -> None:
+            shutil.rmtree(ballast, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                ballast.mkdir()
+                for number in range(400 * full):
+                    (ballast / str(number)).touch()
+
+        yield fill
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path):
+    """A file system of a megabyte; yields a function that fills or empties it."""
     ballast = folder / "ballast"
 
     def fill(full: bool) -> None:
@@ -347,10 +372,8 @@ def small_disk(folder: Path):
         if full:  # room for a line of metrics, not for a checkpoint
             os.truncate(ballast, ballast.stat().st_size - 4 * 4096)
 
-    try:
+    with mounted(folder, "size=1m"):
         yield fill
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 @contextlib.contextmanager
@@ -370,7 +393,7 @@ def small_files(folder: Path):
 
 # Orbax leaves coroutines of a save that failed to the garbage collector, which complains of them.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("make_disk", [small_disk, small_files])
+@pytest.mark.parametrize("make_disk", [small_disk, small_files, few_inodes])
 @pytest.mark.parametrize("policy", ["continue", "stop"])
 def test_a_full_disk_is_said_costs_one_checkpoint_and_no_step(
     make_disk, policy, finished, tmp_path, capsys

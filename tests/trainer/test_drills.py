@@ -20,7 +20,7 @@ STEPS = 60
 RUN = shlex.split(
     f"train --model micro --optimizer sophia_g --steps {STEPS} --batch-size 8 --curvature-batch 8 "
     f"--log-interval 1 --save-interval 3 --eval-interval {STEPS} --eval-batches 1 "
-    "--hosts.timeout 10"
+    "--hosts.timeout 60"
 )
 PAUSE = 0.02  # seconds a step
 CRASHES = 5  # of each run
@@ -77,7 +77,7 @@ def is_saving(out):
 
 
 def interrupt(out, workers, number, rng):
-    """Sends the signal at a random moment, every second time during a save; how they ended."""
+    """Sends the signal at a random moment, every second time during a save; whether then."""
     seen = (out / "metrics.jsonl").read_bytes() if (out / "metrics.jsonl").exists() else b""
 
     def has_moved():
@@ -93,9 +93,11 @@ def interrupt(out, workers, number, rng):
     victims = workers if number == signal.SIGKILL else [rng.choice(workers)]
     for process in victims:
         process.send_signal(number)
-    for process in workers:
-        process.communicate(timeout=120)
-    return in_save, [process.returncode for process in workers]
+    printed = [process.communicate(timeout=300)[0] for process in workers]
+    codes = [process.returncode for process in workers]
+    expected = {-signal.SIGKILL} if number == signal.SIGKILL else {0}
+    assert set(codes) == expected, "\n".join([str(codes), *printed])
+    return in_save
 
 
 @pytest.mark.parametrize(
@@ -112,8 +114,7 @@ def test_interrupted_runs_have_the_losses_of_one_that_was_not_to_the_bit(
         out, flags = folder / f"{number.name}-{index}", ()
         for _ in range(CRASHES):
             workers = start(out, folder / "compiled", processes, *flags)
-            in_save, codes = interrupt(out, workers, number, rng)
-            assert set(codes) <= ({-9} if number == signal.SIGKILL else {0}), codes
+            in_save = interrupt(out, workers, number, rng)
             crashes, in_saves, flags = crashes + 1, in_saves + in_save, ("--resume",)
         finish(start(out, folder / "compiled", processes, *flags))
         assert losses(out) == expected

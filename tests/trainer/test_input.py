@@ -1,8 +1,11 @@
 """Wrong invocations of the trainer: one sentence, exit code 2, nothing written."""
 
+import jax
 import pytest
 
 from examples.lm.__main__ import main
+from examples.lm.config import TrainConfig
+from examples.lm.run import resolve
 
 BAD = {
     "unknown model": ("--model gpt5", "model 'gpt5'"),
@@ -88,3 +91,24 @@ def test_a_wrong_invocation_ends_in_one_sentence_and_code_2(
     assert expected in message
     assert len(message.splitlines()) == 1
     assert {p: p.read_bytes() for p in places.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "optimizer, batch_size, expected",
+    [("sophia_g", 16, 8), ("sophia_g", 15, 5), ("sophia_g", 1, 1), ("sophia_g", 7, 1)],
+)
+def test_half_a_batch_is_its_largest_divisor_up_to_that(optimizer, batch_size, expected):
+    config = TrainConfig(optimizer=optimizer, batch_size=batch_size)
+    assert resolve(config, devices=jax.devices()[:1]).curvature_batch == expected
+
+
+def test_half_a_batch_spreads_over_the_devices():
+    assert resolve(TrainConfig(batch_size=24), devices=jax.devices()[:4]).curvature_batch == 12
+    assert resolve(TrainConfig(batch_size=24), devices=jax.devices()[:8]).curvature_batch == 8
+    assert resolve(TrainConfig(batch_size=8), devices=jax.devices()[:8]).curvature_batch == 8
+
+
+@pytest.mark.parametrize("batch_size", [1, 15])
+def test_an_optimizer_without_curvature_takes_any_batch(batch_size):
+    config = TrainConfig(optimizer="adamw", batch_size=batch_size, curvature_batch=2)
+    assert resolve(config, devices=jax.devices()[:1]).config.batch_size == batch_size
