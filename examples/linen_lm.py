@@ -1,9 +1,11 @@
 """A language model in Flax Linen with Sophia-G, in one file: the TrainState adapter, sharded.
 
-`python -m examples.linen_lm` trains a small model on the standard library's sources.
+`python -m examples.linen_lm` trains a small model on the standard library's sources. Its data, its
+schedule and the choice of params that decay are those of `examples.lm`.
 """
 
 import argparse
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import sophia_optax
 import sophia_optax.linen
 from examples.lm import data
+from examples.lm.optimizers import is_matrix, learning_rate
 
 WIDTH, HEADS, LAYERS, CONTEXT = 64, 4, 2, 128
 
@@ -70,10 +73,10 @@ def main(steps: int, batch_size: int) -> list[float]:
     corpus = data.load("stdlib")
     batches = data.batches(corpus.train, CONTEXT, batch_size, seed=0)
     model = Transformer()
-    schedule = optax.warmup_cosine_decay_schedule(0.0, 2e-3, steps // 5, steps, 1e-4)
+    schedule = functools.partial(learning_rate, peak=2e-3, warmup=0.2, steps=steps)
     tx = optax.chain(
         optax.clip_by_global_norm(1.0),
-        sophia_optax.sophia_g(schedule, b1=0.9, weight_decay=0.1),
+        sophia_optax.sophia_g(schedule, b1=0.9, weight_decay=0.1, mask=is_matrix),
     )
 
     def init() -> sophia_optax.linen.TrainState:
