@@ -47,10 +47,10 @@ def main(arguments: list[str] | None = None) -> int:
         COMMANDS[type(config)](config)
     except UsageError as error:
         print(error, file=sys.stderr)
-        return hosts.leave(2)
+        return hosts.exit_with(2)
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
-        return hosts.leave(130)
+        return hosts.exit_with(130)
     return 0
 
 

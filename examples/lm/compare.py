@@ -49,7 +49,7 @@ def train_and_report(config: RunConfig, configs: dict[str, TrainConfig], command
     again = continuation(command, folder)
     with (
         run_folder.writer(folder, resume=config.resume),
-        hosts.last_words(
+        hosts.message_on_abort(
             "Stopped: this process or another one of the run died; the lines above say which. "
             f"Start all of them again: {again}"
         ),

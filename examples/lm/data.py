@@ -220,7 +220,7 @@ def load(name: str, tokenizer: str = "bytes", kept: Path | None = None) -> Corpu
         return Corpus(**splits, vocab_size=codec.size, codec=codec)
 
     def windows(context: int, process: int, processes: int) -> grain.IterDataset:
-        return stream.Windows(
+        return stream.DocumentWindows(
             documents,
             lambda text: codec.encode(text + SEPARATOR),
             lambda text: split_of(text) == "train",
@@ -244,7 +244,7 @@ def check_length(corpus: Corpus, context: int) -> None:
             )
 
 
-class Windows:
+class TokenWindows:
     """Every `context + 1` tokens in a row: the inputs, and the same moved by one, the targets."""
 
     def __init__(self, tokens: np.ndarray, context: int):
@@ -271,7 +271,7 @@ def batches(
     Whatever the number of processes, their rows one after another are the same global batch. The
     iterator's `get_state` and `set_state` continue a run at its very next batch.
     """
-    windows = grain.MapDataset.source(Windows(tokens, context)).seed(seed).shuffle().repeat()
+    windows = grain.MapDataset.source(TokenWindows(tokens, context)).seed(seed).shuffle().repeat()
     rows = windows.batch(batch_size // processes)
     return iter(rows[process::processes].to_iter_dataset())
 
@@ -293,7 +293,7 @@ def training_batches(
 
 def evaluation(tokens: np.ndarray, context: int, batch_size: int, count: int) -> np.ndarray:
     """`count` batches spread evenly over the text, `[count, batch_size, context + 1]`."""
-    windows = Windows(tokens, context)
+    windows = TokenWindows(tokens, context)
     chosen = np.linspace(0, len(windows) - 1, count * batch_size).astype(int)
     return np.stack([windows[i] for i in chosen]).reshape(count, batch_size, context + 1)
 

@@ -138,14 +138,14 @@ def from_first(value: Any) -> Any:
     return gather({"value": value})[0]["value"] if jax.process_count() > 1 else value
 
 
-def own(positions: list[dict[str, Any]]) -> dict[str, Any]:
+def own_position(positions: list[dict[str, Any]]) -> dict[str, Any]:
     """This process's part of what was gathered; any will do where another number wrote it down."""
     same = len(positions) == jax.process_count()
     return positions[jax.process_index() if same else 0]
 
 
 @contextlib.contextmanager
-def last_words(sentence: str) -> Iterator[None]:
+def message_on_abort(sentence: str) -> Iterator[None]:
     """Has the sentence printed if this process dies inside, where there are several processes.
 
     When one dies, JAX's runtime aborts the others: at once if it was process 0, else when its
@@ -165,11 +165,11 @@ def last_words(sentence: str) -> Iterator[None]:
         except Exception:
             # It ends as one that was killed does: what runs at a normal exit waits for the others.
             traceback.print_exc()
-            leave(1)
+            exit_with(1)
         watcher.communicate(b"all is well")
 
 
-def leave(code: int) -> int:
+def exit_with(code: int) -> int:
     """Returns the exit code; a process that others wait for ends here, so that they end too."""
     if jax.distributed.is_initialized():
         sys.stdout.flush()

@@ -121,7 +121,7 @@ def fit(
     kept = store.restore(trainer.abstract_sharded_state()) if store and config.resume else None
     if kept:
         start, state, position = kept
-        batches.set_state(hosts.own(position))
+        batches.set_state(hosts.own_position(position))
     else:
         start, state = 0, trainer.init(config.seed)
     result = Result([], [], [], float("nan"), start)

@@ -59,7 +59,7 @@ class Reader(grain.DatasetIterator):
     left over, and how many windows the two have given since.
     """
 
-    def __init__(self, stream: "Windows"):
+    def __init__(self, stream: "DocumentWindows"):
         super().__init__()
         self.stream = stream
         self._open(None)
@@ -115,7 +115,7 @@ class Reader(grain.DatasetIterator):
         raise UsageError("A process's share of the dataset holds no document to train on.")
 
 
-class Windows(grain.IterDataset):
+class DocumentWindows(grain.IterDataset):
     """The windows of one process's share of a dataset.
 
     Args:

@@ -276,4 +276,4 @@ def test_without_the_package_a_stream_is_answered_with_how_to_install_it(monkeyp
 
 def test_what_every_process_knows_comes_back_to_it():
     position = {"next_index": 3, "name": "ø"}
-    assert hosts.own(hosts.gather(position)) == position
+    assert hosts.own_position(hosts.gather(position)) == position
