@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 
@@ -48,6 +48,14 @@ def explicit_sharding(leaf: Any) -> NamedSharding | None:
     """The sharding that is part of a leaf's type, or None where the compiler decides."""
     sharding = jax.typeof(leaf).sharding
     return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+
+
+def reshard(x: Array, spec: PartitionSpec) -> Array:
+    """Reshards an array whose sharding is part of its type; any other comes back as it is."""
+    sharding = explicit_sharding(x)
+    if sharding is None:
+        return x
+    return jax.sharding.reshard(x, NamedSharding(sharding.mesh, spec))
 
 
 def depend_on_layout(x: Array, leaf: Array) -> Array:

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from sophia_optax import _arrays
@@ -69,14 +70,30 @@ class MatrixView:
 
     def matrices(self, x: Array) -> Float[Array, "s i a j b"]:
         """Views an array as matrices in blocks, in float32 at least."""
+        # Under Explicit axes, sharded over the stack where that divides, so that nothing else is
+        # communicated until `array`; otherwise every device has all of them.
         wide = x.astype(_arrays.at_least_float32(x.dtype))
-        return wide.transpose(self.permutation).reshape(self.view)
+        whole = _arrays.reshard(wide, PartitionSpec())
+        return self.sharded(whole.transpose(self.permutation).reshape(self.view), x)
 
-    def array(self, matrices: Float[Array, "s i a j b"]) -> Array:
-        """Undoes `matrices`, but for the dtype."""
-        transposed = matrices.reshape([self.shape[axis] for axis in self.permutation])
+    def array(self, matrices: Float[Array, "s i a j b"], like: Array) -> Array:
+        """Undoes `matrices`, but for the dtype, in the sharding of the array."""
+        whole = _arrays.reshard(matrices, PartitionSpec())
+        transposed = whole.reshape([self.shape[axis] for axis in self.permutation])
         inverse = sorted(range(len(self.permutation)), key=self.permutation.__getitem__)
-        return transposed.transpose(inverse)
+        sharding = _arrays.explicit_sharding(like)
+        spec = PartitionSpec() if sharding is None else sharding.spec
+        return _arrays.reshard(transposed.transpose(inverse), spec)
+
+    def sharded(self, stack: Array, like: Any) -> Array:
+        """Shards a stack over the mesh axes of an array, where it divides."""
+        sharding = _arrays.explicit_sharding(like)
+        if sharding is None:
+            return stack
+        names = [name for axes in sharding.spec if axes is not None for name in _tuple(axes)]
+        divides = self.view[0] % math.prod(sharding.mesh.shape[name] for name in names) == 0
+        spec = PartitionSpec(tuple(names)) if names and divides else PartitionSpec()
+        return jax.sharding.reshard(stack, NamedSharding(sharding.mesh, spec))
 
     def init(self, like: Any) -> Basis:
         """Zero factors, and the identity as bases."""
@@ -84,11 +101,15 @@ class MatrixView:
         dtype = _arrays.at_least_float32(like.dtype)
 
         def factor(turns: bool, blocks: int, size: int) -> Array | None:
-            return jnp.zeros((stack, blocks, size, size), dtype) if turns else None
+            if not turns:
+                return None
+            return self.sharded(jnp.zeros((stack, blocks, size, size), dtype), like)
 
         def identity(turns: bool, blocks: int, size: int) -> Array | None:
-            shape = (stack, blocks, size, size)
-            return jnp.array(jnp.broadcast_to(jnp.eye(size, dtype=dtype), shape)) if turns else None
+            if not turns:
+                return None
+            eye = jnp.broadcast_to(jnp.eye(size, dtype=dtype), (stack, blocks, size, size))
+            return self.sharded(jnp.array(eye), like)
 
         return Basis(
             left=factor(self.turns_left, left_blocks, left),
@@ -98,13 +119,18 @@ class MatrixView:
         )
 
     def turn(self, basis: Basis, x: Array) -> Array:
-        """Q_Lᵀ x Q_R."""
-        z = self.matrices(x)
+        """Q_Lᵀ x Q_R, with zeros for what is rounding."""
+        # Where a gradient has no part in some of the axes, as with fewer examples than rows, what
+        # is left is the products' rounding. Divided by the square root of its own square, or by its
+        # own curvature, it would be a step of full length in a random direction.
+        matrices = z = self.matrices(x)
         if basis.left_basis is not None:
             z = _einsum("siajb,siac->sicjb", z, basis.left_basis)
         if basis.right_basis is not None:
             z = _einsum("siajb,sjbc->siajc", z, basis.right_basis)
-        return self.array(z)
+        norm = jnp.sqrt(jnp.sum(jnp.square(matrices), axis=(1, 2, 3, 4), keepdims=True))
+        rounding = 4 * jnp.finfo(z.dtype).eps * jnp.where(jnp.isfinite(norm), norm, 0.0)
+        return self.array(jnp.where(jnp.abs(z) < rounding, jnp.zeros((), z.dtype), z), x)
 
     def back(self, basis: Basis, z: Array) -> Array:
         """Q_L z Q_Rᵀ."""
@@ -113,7 +139,7 @@ class MatrixView:
             x = _einsum("siajb,sica->sicjb", x, basis.left_basis)
         if basis.right_basis is not None:
             x = _einsum("siajb,sjcb->siajc", x, basis.right_basis)
-        return self.array(x)
+        return self.array(x, z)
 
     def observe(self, basis: Basis, g: Array, decay: Any) -> tuple[Basis, Bool[Array, ""]]:
         """Averages the products of a gradient into the factors.
@@ -161,6 +187,11 @@ class MatrixView:
         )
 
 
+def _tuple(axes: str | tuple[str, ...]) -> tuple[str, ...]:
+    """The names of the mesh axes of one dimension."""
+    return (axes,) if isinstance(axes, str) else axes
+
+
 def _einsum(spec: str, x: Array, y: Array) -> Array:
     """An einsum in the wider dtype, at the highest precision."""
     return jnp.einsum(spec, x, y, precision=_HIGHEST)
@@ -172,9 +203,12 @@ def _power_step(factor: Array | None, basis: Array | None) -> Array | None:
         return None
     trace = jnp.trace(factor, axis1=-2, axis2=-1)[..., None, None]
     known = jnp.isfinite(trace) & (trace > 0)
-    # Scaled to a mean eigenvalue of one, so that the squares of tiny factors do not underflow.
-    scaled = jnp.where(known, factor * (factor.shape[-1] / jnp.where(known, trace, 1.0)), 0.0)
-    moved = _einsum("...ab,...bc->...ac", scaled, basis)
+    # Scaled by the sum of the eigenvalues, so that the squares of tiny factors do not underflow.
+    # The shift has the same eigenvectors. It keeps the axes in which the factor is zero, where
+    # rounding would choose new ones.
+    scaled = jnp.where(known, factor / jnp.where(known, trace, 1.0), 0.0)
+    shift = 128 * jnp.finfo(factor.dtype).eps
+    moved = _einsum("...ab,...bc->...ac", scaled, basis) + shift * basis
     q, _ = jnp.linalg.qr(jnp.where(known, moved, basis))
     return jnp.where(known & jnp.all(jnp.isfinite(q), axis=(-2, -1), keepdims=True), q, basis)
 

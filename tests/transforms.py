@@ -29,13 +29,13 @@ def numbered(tree: Tree) -> Callable[[jax.Array], Tree]:
 class Calls:
     """Counts real executions of an estimator, compiled or not."""
 
-    def __init__(self, hessian_fn: Callable[[jax.Array], Tree]) -> None:
+    def __init__(self, hessian_fn: Callable[..., Tree]) -> None:
         self.hessian_fn = hessian_fn
         self._count = 0
 
-    def __call__(self, key: jax.Array) -> Tree:
+    def __call__(self, key: jax.Array, **coordinates: Any) -> Tree:
         jax.debug.callback(self._one_more)
-        return self.hessian_fn(key)
+        return self.hessian_fn(key, **coordinates)
 
     def _one_more(self, *_: Any) -> None:
         self._count += 1

@@ -4,6 +4,7 @@ The points are those of optax's own table for contributed optimizers, and the fu
 users of optax rely on: wrappers, abstract init, donation, vmap, trees with holes.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,13 +24,22 @@ DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64)
 
 
 class Case(NamedTuple):
-    """An alias and the estimator that it is given."""
+    """An alias, the estimator that it is given, and keywords that are switched on."""
 
     alias: str
     estimator: str
+    switches: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return "-".join([self.alias, self.estimator, *self.switches])
+
+    def factory(self) -> Any:
+        return functools.partial(
+            getattr(sophia_optax, self.alias), **dict.fromkeys(self.switches, True)
+        )
 
     def optimizer(self, learning_rate: Any = 1e-2, **kwargs: Any) -> Any:
-        return getattr(sophia_optax, self.alias)(learning_rate, **kwargs)
+        return self.factory()(learning_rate, **kwargs)
 
     def extra_args(self, problem: problems.Problem, params: Params) -> dict[str, Any]:
         return ESTIMATORS[self.estimator](problem, params)
@@ -54,12 +64,13 @@ CASES = (
     Case("sophia_h", "gauss_newton_bartlett"),
     Case("sophia_g", "hutchinson"),
 )
-each_case = pytest.mark.parametrize("case", CASES, ids="-".join)
+EIGENBASIS = Case("sophia_g", "gauss_newton_bartlett", ("eigenbasis",))
+each_case = pytest.mark.parametrize("case", CASES, ids=str)
 # The ways in which the aliases are meant to be used.
-each_usual_case = pytest.mark.parametrize("case", CASES[:3], ids="-".join)
+each_usual_case = pytest.mark.parametrize("case", CASES[:3], ids=str)
 # The paper's two optimizers, where nothing hangs on how the estimator gets in.
-PAPER_CASES = (CASES[0], CASES[2])
-each_paper_case = pytest.mark.parametrize("case", PAPER_CASES, ids="-".join)
+PAPER_CASES = (CASES[0], CASES[2], EIGENBASIS)
+each_paper_case = pytest.mark.parametrize("case", PAPER_CASES, ids=str)
 
 
 def make_step(
@@ -134,8 +145,8 @@ def test_second_step_does_not_recompile(case: Case) -> None:
 @pytest.mark.parametrize(
     ("case", "problem"),
     [
-        pytest.param(case, problem, id="-".join([*case, problem.name]))
-        for case in CASES
+        pytest.param(case, problem, id=f"{case}-{problem.name}")
+        for case in (*CASES, EIGENBASIS)
         # An alias with the other's estimator: two targets are enough.
         for problem in problems.TARGETS[: 4 if case in CASES[:3] else 2]
     ],
@@ -174,9 +185,9 @@ def test_injected_hyperparameters_give_equal_updates_and_state(case: Case, dtype
     problem = problems.MIXED
     params = problem.init(dtype)
     plain = case.optimizer()
-    injected = optax.inject_hyperparams(
-        getattr(sophia_optax, case.alias), hyperparam_dtype=jnp.float32
-    )(learning_rate=1e-2)
+    injected = optax.inject_hyperparams(case.factory(), hyperparam_dtype=jnp.float32)(
+        learning_rate=1e-2
+    )
 
     def two_updates(tx: Any) -> Any:
         state = tx.init(params)
@@ -458,8 +469,10 @@ def test_map_params_reaches_the_moments_and_nothing_else(case: Case) -> None:
     params = problem.init(jnp.float32)
     state = tx.init(params)
     chex.assert_trees_all_equal(optax.tree.map_params(tx, lambda x: x, state), state)
+    # The bases of `in_eigenbasis` are no tree like the params, and come as they are, in one piece.
+    add_seven = functools.partial(jax.tree.map, lambda x: x + 7)
     marked = sophia_state(
-        optax.tree.map_params(tx, lambda x: x + 1.0, state, transform_non_params=lambda x: x + 7)
+        optax.tree.map_params(tx, lambda x: x + 1.0, state, transform_non_params=add_seven)
     )
     ones = jax.tree.map(jnp.ones_like, params)
     chex.assert_trees_all_equal(marked.mu, ones)

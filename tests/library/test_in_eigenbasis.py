@@ -1,0 +1,533 @@
+"""The eigenbasis: what is turned, the laws of the transform, what bad gradients do to it."""
+
+import functools
+from typing import Any
+
+import chex
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import optax
+import orbax.checkpoint
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import sophia_optax
+from sophia_optax import MatrixAxes, in_eigenbasis
+from sophia_optax._eigenbasis import matrix_view
+from tests import oracles
+from tests.transforms import Calls
+
+Tree = Any
+KEYS = jax.random.split(jax.random.key(0), 8)
+X = jax.random.normal(KEYS[0], (32, 6)) * jnp.array([10.0, 3.0, 1.0, 1.0, 0.3, 0.1])
+LABELS = jnp.argmax(X @ jax.random.normal(KEYS[1], (6, 4)), axis=-1)
+PARAMS = {
+    "up": 0.3 * jax.random.normal(KEYS[2], (6, 5)),
+    "bias": jnp.zeros(5),
+    "down": 0.3 * jax.random.normal(KEYS[3], (5, 4)),
+}
+
+
+def logits(params: Tree) -> jax.Array:
+    return jnp.tanh(X @ params["up"] + params["bias"]) @ params["down"]
+
+
+def loss(params: Tree) -> jax.Array:
+    losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits(params), LABELS)
+    return losses.mean()
+
+
+def soap(**keywords: Any) -> optax.GradientTransformationExtraArgs:
+    return in_eigenbasis(optax.scale_by_adam(0.9, 0.95, nesterov=True), **keywords)
+
+
+ESTIMATORS = {
+    "hutchinson": lambda params: sophia_optax.hutchinson(loss, params),
+    "gauss_newton_bartlett": lambda params: sophia_optax.gauss_newton_bartlett(logits, params),
+}
+
+
+def sophia(**keywords: Any) -> optax.GradientTransformationExtraArgs:
+    scale = sophia_optax.scale_by_sophia(
+        0.8, 0.9, gamma=1.0, update_interval=2, nesterov=True, seed=3
+    )
+    return in_eigenbasis(scale, **{"basis_interval": 3, **keywords})
+
+
+@functools.cache
+def jitted(tx: Any, estimator: str | None = None) -> Any:
+    @jax.jit
+    def step(params: Tree, state: Any) -> tuple[Tree, Any]:
+        extra = {} if estimator is None else {"hessian_fn": ESTIMATORS[estimator](params)}
+        updates, state = tx.update(jax.grad(loss)(params), state, params, **extra)
+        return optax.apply_updates(params, jax.tree.map(lambda u: -0.02 * u, updates)), state
+
+    return step
+
+
+def train(
+    tx: Any, steps: int, params: Tree = None, state: Any = None, estimator: str | None = None
+) -> tuple[Tree, Any]:
+    params = PARAMS if params is None else params
+    state = tx.init(params) if state is None else state
+    step = jitted(tx, estimator)
+    for _ in range(steps):
+        params, state = step(params, state)
+    return params, state
+
+
+# What is turned
+
+
+@pytest.mark.parametrize(
+    ("shape", "left", "right", "keywords", "expected"),
+    [
+        ((6, 4), (0,), (1,), {}, (1, 1, 6, 1, 4)),
+        ((3, 6, 4), (-2,), (-1,), {}, (3, 1, 6, 1, 4)),
+        ((3, 6, 2, 4), (1,), (2, 3), {}, (3, 1, 6, 1, 8)),
+        ((2, 6, 2, 3, 4), (1,), (3, 4), {}, (4, 1, 6, 1, 12)),
+        ((12, 8), (0,), (1,), {"block_size": 4}, (1, 3, 4, 2, 4)),
+        ((10, 8), (0,), (1,), {"block_size": 4}, (1, 5, 2, 2, 4)),
+        ((7, 8), (0,), (1,), {"block_size": 6}, (1, 1, 7, 2, 4)),  # 7 has no divisor to cut at
+        ((20, 4), (0,), (1,), {"max_size": 8}, (1, 1, 20, 1, 4)),
+    ],
+)
+def test_arrays_are_read_as_stacks_of_matrices_in_blocks(
+    shape: Any, left: Any, right: Any, keywords: Any, expected: Any
+) -> None:
+    view = matrix_view(shape, left, right, **{"max_size": 100, "block_size": None, **keywords})
+    assert view is not None
+    assert view.view == expected
+    x = jnp.arange(np.prod(shape), dtype=jnp.float32).reshape(shape)
+    np.testing.assert_array_equal(view.array(view.matrices(x), x), x)
+
+
+def test_the_last_two_axes_are_a_matrix_and_vectors_are_not_turned() -> None:
+    params = {
+        "matrix": jnp.ones((3, 2)),
+        "stack": jnp.ones((5, 3, 2)),
+        "vector": jnp.ones(3),
+        "scalar": jnp.ones(()),
+        "empty": jnp.ones((0, 3)),
+        "row": jnp.ones((1, 1)),
+        "none": None,
+    }
+    state = soap().init(params)
+    shapes = [basis.left.shape for basis in state.bases]
+    assert shapes == [(1, 1, 3, 3), (5, 1, 3, 3)]
+    updates, new = jax.jit(soap().update)(params, state, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
+
+
+def test_sides_above_max_size_stay_in_their_own_axes() -> None:
+    ((left, right, *_),) = soap(max_size=4).init(jnp.ones((6, 4))).bases
+    assert left is None
+    assert right.shape == (1, 1, 4, 4)
+
+
+@pytest.mark.parametrize("make", [lambda p: p, lambda p: lambda _: p], ids=["tree", "callable"])
+def test_dimension_numbers_are_those_of_muon(make: Any) -> None:
+    params = {
+        "qkv": jnp.ones((2, 6, 3, 2, 4)),
+        "embed": jnp.ones((9, 4)),
+        "other": jnp.ones((4, 4)),
+    }
+    numbers = {
+        "qkv": optax.contrib.MuonDimensionNumbers((1,), (3, 4)),
+        "embed": MatrixAxes(0, 1, turn="right"),
+        "other": None,
+    }
+    state = soap(dimension_numbers=make(numbers)).init(params)
+    embed, qkv = state.bases
+    assert embed.left is None
+    assert embed.right.shape == (1, 1, 4, 4)
+    assert qkv.left.shape == (6, 1, 6, 6)
+    assert qkv.right.shape == (6, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "error", "message"),
+    [
+        ({"dimension_numbers": {"w": MatrixAxes(0, 2)}}, ValueError, r"\['w'\].*shape \(3, 2\)"),
+        ({"dimension_numbers": {"w": MatrixAxes(0, 0)}}, ValueError, "at most once"),
+        ({"dimension_numbers": {"w": MatrixAxes(0, 1, "up")}}, ValueError, "turn is 'up'"),
+        ({"dimension_numbers": {"v": None}}, ValueError, "structure of the params"),
+        ({"basis_interval": 0}, ValueError, "basis_interval is 0"),
+        ({"decay": 1.0}, ValueError, "decay is 1.0"),
+        ({"block_size": 0}, ValueError, "block_size is 0"),
+    ],
+)
+def test_what_does_not_fit_is_refused(keywords: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        soap(**keywords).init({"w": jnp.ones((3, 2))})
+
+
+# Laws
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_with_nothing_turned_it_is_the_inner_optimizer_bit_for_bit(estimator: str) -> None:
+    inner = sophia_optax.scale_by_sophia(
+        0.8, 0.9, gamma=1.0, update_interval=2, nesterov=True, seed=3
+    )
+    params, state = train(sophia(max_size=0), 7, estimator=estimator)
+    expected, inner_state = train(inner, 7, estimator=estimator)
+    chex.assert_trees_all_equal(params, expected)
+    chex.assert_trees_all_equal(state.inner, inner_state)
+
+
+def orthogonal(key: jax.Array, size: int) -> jax.Array:
+    return jnp.linalg.qr(jax.random.normal(key, (size, size)))[0]
+
+
+def update_in_converged_basis(tx: Any, g: jax.Array, rounds: int) -> jax.Array:
+    """The update for a gradient that is the same at each step, once the basis has converged."""
+    state = tx.init(g)
+    update = jax.jit(lambda s: tx.update(g, s, g))
+    for _ in range(rounds):
+        updates, state = update(state)
+    return updates
+
+
+def test_a_matrix_in_other_axes_takes_the_same_step_in_those_and_a_plain_clip_does_not() -> None:
+    g = jax.random.normal(KEYS[4], (4, 4)) @ jnp.diag(jnp.array([8.0, 4.0, 2.0, 1.0]))
+    u, v = orthogonal(KEYS[5], 4), orthogonal(KEYS[6], 4)
+    clip = optax.clip(0.7)
+    tx = in_eigenbasis(clip, basis_interval=1)
+    # Whatever the axes, both bases converge to the singular vectors, in which g is diagonal.
+    straight = update_in_converged_basis(tx, g, 60)
+    turned = update_in_converged_basis(tx, u @ g @ v.T, 60)
+    np.testing.assert_allclose(u @ straight @ v.T, turned, atol=1e-3)
+    plain, other = clip.update(g, clip.init(g))[0], clip.update(u @ g @ v.T, clip.init(g))[0]
+    assert np.abs(u @ plain @ v.T - other).max() > 0.5
+
+
+@pytest.mark.parametrize("keywords", [{}, {"block_size": 2}, {"max_size": 5}])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_estimates_are_unbiased_for_the_diagonal_in_the_turned_coordinates(
+    estimator: str, keywords: Any
+) -> None:
+    seen = []
+
+    def spy(hessian_fn: Any) -> Any:
+        def estimate(key: jax.Array, /, *, coordinates: Any) -> Any:
+            seen.append(coordinates)
+            return hessian_fn(key, coordinates=coordinates)
+
+        return estimate
+
+    tx = sophia(**keywords)
+    params, state = train(tx, 4, estimator=estimator)
+    hessian_fn = ESTIMATORS[estimator](params)
+    tx.update(jax.grad(loss)(params), state, params, hessian_fn=spy(hessian_fn), refresh=True)
+    (coordinates,) = seen
+    flat = oracles.flatten(params)
+    units = (jax.tree.map(jnp.float32, flat.unflatten(e)) for e in np.eye(flat.vector.size))
+    back = np.stack([oracles.ravel(coordinates.back(unit)) for unit in units], axis=1)
+    np.testing.assert_allclose(back.T @ back, np.eye(flat.vector.size), atol=1e-5)
+    if estimator == "hutchinson":
+        dense = oracles.hessian(loss, params)
+    else:
+        dense = oracles.gauss_newton(logits, params, "categorical")
+    exact = np.diag(back.T @ dense @ back)
+    samples = oracles.many(lambda key: hessian_fn(key, coordinates=coordinates), seed=0, n=4000)
+    oracles.assert_unbiased(samples, exact)
+    plain = np.diag(dense)
+    assert np.abs(exact - plain).max() > 0.1 * np.abs(plain).max()
+
+
+def numpy_soap(grads: list[np.ndarray], interval: int) -> list[np.ndarray]:
+    """SOAP in NumPy, for gradients that do not depend on the params (Vyas et al., Algorithm 3)."""
+    b1, b2, beta, eps = 0.9, 0.95, 0.9, 1e-8
+    m_rows, n_columns = grads[0].shape
+    left, right = np.zeros((m_rows, m_rows)), np.zeros((n_columns, n_columns))
+    q_left, q_right = np.eye(m_rows), np.eye(n_columns)
+    m, v = np.zeros(grads[0].shape), np.zeros(grads[0].shape)
+    updates = []
+    for t, g in enumerate(grads):
+        left = beta * left + (1 - beta) * g @ g.T
+        right = beta * right + (1 - beta) * g.T @ g
+        if t % interval == 0:
+            q_left, q_right = np.linalg.qr(left @ q_left)[0], np.linalg.qr(right @ q_right)[0]
+        m = b1 * m + (1 - b1) * g  # in its own axes
+        turned = q_left.T @ g @ q_right
+        v = b2 * v + (1 - b2) * turned**2
+        ahead = b1 * (q_left.T @ m @ q_right) / (1 - b1 ** (t + 2)) + (1 - b1) * turned / (
+            1 - b1 ** (t + 1)
+        )
+        z = ahead / (np.sqrt(v / (1 - b2 ** (t + 1))) + eps)
+        updates.append(q_left @ z @ q_right.T)
+    return updates
+
+
+def test_with_adam_inside_it_is_a_transcription_of_soap() -> None:
+    rng = np.random.default_rng(0)
+    grads = [rng.normal(size=(3, 3)) @ np.diag([3.0, 1.0, 0.3]) for _ in range(12)]
+    with jax.enable_x64(True):
+        tx = soap(basis_interval=3, decay=0.9)
+        state, got = tx.init(jnp.zeros((3, 3))), []
+        update = jax.jit(tx.update)
+        for g in grads:
+            updates, state = update(jnp.asarray(g), state)
+            got.append(np.asarray(updates))
+    np.testing.assert_allclose(got, numpy_soap(grads, 3), rtol=1e-7, atol=1e-9)
+
+
+def test_a_momentum_in_the_turned_axes_is_the_one_in_its_own() -> None:
+    tx = in_eigenbasis(optax.trace(0.9), basis_interval=2)
+    plain = optax.trace(0.9)
+    chex.assert_trees_all_close(train(tx, 9)[0], train(plain, 9)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_resumed_run_is_an_uninterrupted_one(estimator: str, tmp_path: Any) -> None:
+    tx = sophia()
+    saved = train(tx, 4, estimator=estimator)
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "checkpoint", saved)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "checkpoint", jax.eval_shape(lambda: saved))
+    resumed = train(tx, 4, *restored, estimator=estimator)
+    chex.assert_trees_all_equal(resumed, train(tx, 8, estimator=estimator))
+
+
+# Refreshes
+
+
+def test_the_basis_is_refreshed_every_so_many_steps_and_stays_between() -> None:
+    _, first = train(soap(basis_interval=3), 1)
+    _, third = train(soap(basis_interval=3), 3)
+    _, fourth = train(soap(basis_interval=3), 4)
+    chex.assert_trees_all_equal(first.bases[1].left_basis, third.bases[1].left_basis)
+    assert np.any(third.bases[1].left_basis != fourth.bases[1].left_basis)
+    assert np.any(first.bases[1].left != third.bases[1].left)
+
+
+def test_two_compiled_steps_scheduled_from_the_host_are_the_one_with_a_branch() -> None:
+    tx = soap(basis_interval=3)
+    update = jax.jit(tx.update, static_argnames="refresh_basis")
+    grads = jax.grad(loss)(PARAMS)
+    state = other = tx.init(PARAMS)
+    for count in range(5):
+        updates, state = update(grads, state, PARAMS)
+        others, other = update(grads, other, PARAMS, refresh_basis=count % 3 == 0)
+        chex.assert_trees_all_close(updates, others, rtol=1e-5, atol=1e-6)
+
+
+def test_a_traced_refresh_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    tx = soap()
+    with pytest.raises(TypeError, match=r"refresh_basis is .*static_argnames"):
+        jax.jit(lambda flag: tx.update(PARAMS, tx.init(PARAMS), refresh_basis=flag))(True)
+
+
+def test_the_estimator_runs_on_its_own_refreshes_alone() -> None:
+    tx, calls = sophia(), Calls(ESTIMATORS["hutchinson"](PARAMS))
+    update = jax.jit(lambda s: tx.update(PARAMS, s, PARAMS, hessian_fn=calls)[1])
+    state = tx.init(PARAMS)
+    for _ in range(6):
+        state = update(state)
+    assert calls.so_far() == 3
+
+
+def test_an_estimator_for_the_plain_axes_alone_is_refused_with_the_way_out() -> None:
+    tx = sophia()
+    with pytest.raises(TypeError, match=r"takes no `coordinates`.*HessianFn documents"):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS, hessian_fn=lambda key: PARAMS)
+
+
+def test_several_probes_chunks_and_modes_work_in_turned_coordinates() -> None:
+    tx = sophia()
+    state = tx.init(PARAMS)
+    grads = jax.grad(loss)(PARAMS)
+    nus = []
+    for keywords in (
+        {"num_probes": 64, "probe_chunk": 8},
+        {"num_probes": 64, "mode": "reverse_over_reverse"},
+        {"num_probes": 64, "mode": "finite_difference"},
+    ):
+        hessian_fn = sophia_optax.hutchinson(loss, PARAMS, **keywords)
+        update = jax.jit(lambda s, fn=hessian_fn: tx.update(grads, s, PARAMS, hessian_fn=fn))
+        nus.append(update(state)[1].inner.nu)
+    for other in nus[1:]:
+        chex.assert_trees_all_close(nus[0], other, atol=2e-2)
+
+
+# Wrappers
+
+
+def test_it_works_under_masks_partitions_multi_steps_and_scan() -> None:
+    plain = sophia_optax.sophia_h(1e-2, eigenbasis={"basis_interval": 2})
+    labels = {"up": "sophia", "bias": "sgd", "down": "sophia"}
+    wrapped = [
+        optax.partition({"sophia": plain, "sgd": optax.sgd(0.1)}, labels),
+        optax.chain(optax.clip_by_global_norm(1.0), plain),
+        optax.apply_if_finite(plain, 3),
+        optax.inject_hyperparams(sophia_optax.sophia_h)(1e-2, eigenbasis={"basis_interval": 2}),
+    ]
+    for tx in map(optax.with_extra_args_support, wrapped):
+
+        def step(carry: Any, _: Any, tx: Any = tx) -> Any:
+            params, state = carry
+            updates, state = tx.update(
+                jax.grad(loss)(params), state, params, hessian_fn=ESTIMATORS["hutchinson"](params)
+            )
+            return (optax.apply_updates(params, updates), state), None
+
+        run = jax.jit(lambda c, step=step: jax.lax.scan(step, c, None, length=30), donate_argnums=0)
+        params, _ = run(jax.tree.map(jnp.copy, (PARAMS, tx.init(PARAMS))))[0]
+        assert loss(params) < loss(PARAMS)
+
+
+def test_a_masked_matrix_takes_the_steps_that_it_takes_alone() -> None:
+    alone = sophia_optax.sophia_h(1e-2, eigenbasis=True)
+    tx = optax.masked(alone, {"up": True, "bias": False, "down": False})
+    grads = jax.grad(loss)(PARAMS)
+    hessian_fn = ESTIMATORS["hutchinson"](PARAMS)
+    updates, _ = tx.update(grads, tx.init(PARAMS), PARAMS, hessian_fn=hessian_fn)
+    whole, _ = alone.update(grads, alone.init(PARAMS), PARAMS, hessian_fn=hessian_fn)
+    np.testing.assert_array_equal(updates["bias"], grads["bias"])
+    assert updates["up"].shape == whole["up"].shape
+    assert np.all(np.abs(updates["up"]) < 0.1)
+
+
+def test_vmap_over_optimizers_is_each_of_them() -> None:
+    tx = soap(basis_interval=2)
+    grads = jax.random.normal(KEYS[7], (2, 4, 4))
+    state = jax.vmap(tx.init)(grads)
+    updates, _ = jax.jit(jax.vmap(lambda g, s: tx.update(g, s, refresh_basis=True)))(grads, state)
+    alone, _ = tx.update(grads[1], tx.init(grads[1]), refresh_basis=True)
+    np.testing.assert_allclose(updates[1], alone, atol=1e-4)
+
+
+@pytest.mark.parametrize("inner", ["adam", "sophia"])
+def test_bfloat16_params_keep_their_dtypes_and_have_float32_bases(inner: str) -> None:
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+    tx = soap() if inner == "adam" else sophia()
+    extra = {} if inner == "adam" else {"hessian_fn": ESTIMATORS["hutchinson"](params)}
+    state = tx.init(params)
+    updates, new = jax.jit(lambda s: tx.update(params, s, params, **extra))(state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
+    chex.assert_trees_all_equal_dtypes(updates, params)
+    assert new.bases[0].left_basis.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("spec", [(), ("data",), (None, "data")], ids=["data", "fsdp", "tensor"])
+def test_eight_devices_give_the_numbers_of_one(axis_type: AxisType, spec: Any) -> None:
+    tx = in_eigenbasis(
+        sophia_optax.scale_by_sophia(0.8, 0.9, gamma=1.0, update_interval=2, nesterov=True),
+        basis_interval=2,
+    )
+    params = {"w": jax.random.normal(KEYS[2], (16, 8)), "b": jnp.ones(8)}
+    grads = [
+        jax.tree.map(lambda p, k=k: jax.random.normal(k, p.shape) * p, params) for k in KEYS[:5]
+    ]
+
+    def run(params: Tree, grads: Any) -> Tree:
+        state = tx.init(params)
+
+        def estimate(key: jax.Array, /, *, coordinates: Any) -> Tree:
+            return jax.tree.map(jnp.square, coordinates.turn(grads[0]))
+
+        for g in grads:
+            updates, state = tx.update(g, state, params, hessian_fn=estimate)
+            params = jax.tree.map(lambda p, u: p - 0.1 * u, params, updates)
+        return params
+
+    expected = jax.jit(run)(params, grads)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
+
+    def place(x: jax.Array) -> jax.Array:
+        own = spec if x.ndim == 2 else ()
+        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*own)))
+
+    with jax.set_mesh(mesh):
+        sharded = jax.tree.map(place, (params, grads))
+        found = jax.jit(run)(*sharded)
+    if axis_type == AxisType.Explicit:
+        assert found["w"].sharding.is_equivalent_to(sharded[0]["w"].sharding, ndim=2)
+    chex.assert_trees_all_close(found, expected, rtol=2e-3, atol=2e-3)
+
+
+# Bad gradients
+
+
+def finite(tree: Tree) -> bool:
+    return all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-20, 1e20, 1e30])
+@pytest.mark.parametrize("rank_one", [False, True])
+def test_the_state_is_finite_and_the_bases_orthogonal_whatever_the_gradients(
+    scale: float, rank_one: bool
+) -> None:
+    tx = sophia(basis_interval=1)
+    g = jnp.outer(jnp.arange(1.0, 7.0), jnp.arange(1.0, 5.0)) if rank_one else X[:6, :4]
+    state = tx.init(g)
+    update = jax.jit(
+        lambda s: tx.update(scale * g, s, hessian_fn=lambda key, coordinates: jnp.ones_like(g))
+    )
+    for _ in range(5):
+        updates, state = update(state)
+    assert finite((updates, state))
+    (basis,) = state.bases
+    for q in (basis.left_basis, basis.right_basis):
+        np.testing.assert_allclose(q[0, 0].T @ q[0, 0], np.eye(q.shape[-1]), atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_gradient_that_is_not_finite_counts_as_zero_and_is_counted(bad: float) -> None:
+    tx = sophia(basis_interval=1)
+    step = jax.jit(
+        lambda g, s: tx.update(g, s, hessian_fn=lambda key, coordinates: jnp.ones((6, 4)))
+    )
+    state = tx.init(X[:6, :4])
+    _, state = step(X[:6, :4], state)
+    updates, after = step(X[:6, :4].at[2, 3].set(bad), state)
+    _, zeros = step(jnp.zeros((6, 4)), state)
+    assert after.rejected == 1
+    assert finite((updates, after))
+    chex.assert_trees_all_close(after.inner.mu, zeros.inner.mu, atol=1e-6)
+    chex.assert_trees_all_equal(after.bases[0].left, state.bases[0].left)
+
+
+def test_a_nan_estimate_is_dropped_and_counted_by_sophia() -> None:
+    tx = sophia()
+    estimate = lambda key, coordinates: jnp.full((6, 4), jnp.nan)  # noqa: E731
+    _, state = tx.update(X[:6, :4], tx.init(X[:6, :4]), hessian_fn=estimate)
+    assert state.inner.rejected == 1
+    assert finite(state)
+
+
+def test_a_leaf_that_goes_quiet_for_a_thousand_steps_comes_back() -> None:
+    tx = soap(basis_interval=1)
+    g = X[:6, :4]
+
+    def step(state: Any, scale: jax.Array) -> Any:
+        updates, state = tx.update(scale * g, state)
+        return state, updates
+
+    scales = jnp.where((jnp.arange(1200) < 50) | (jnp.arange(1200) >= 1050), 1.0, 0.0)
+    state, updates = jax.jit(lambda s: jax.lax.scan(step, s, scales))(tx.init(g))
+    assert finite((state, updates))
+    np.testing.assert_allclose(np.abs(updates[-1]).max(), np.abs(updates[49]).max(), rtol=0.2)
+
+
+@hypothesis.given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 3), st.booleans())
+def test_turning_back_undoes_turning(rows: int, columns: int, stack: int, blocks: bool) -> None:
+    view = matrix_view(
+        (stack, rows, columns), (1,), (2,), max_size=9, block_size=2 if blocks else None
+    )
+    if view is None:
+        return
+    x = jax.random.normal(jax.random.key(rows), (stack, rows, columns))
+    basis, known = view.observe(view.init(x), x, 0.5)
+    assert known
+    basis = view.refreshed(view.refreshed(basis))
+    np.testing.assert_allclose(view.back(basis, view.turn(basis, x)), x, atol=1e-5)
