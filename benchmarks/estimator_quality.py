@@ -259,7 +259,7 @@ def kinds(params: Any, counts: np.ndarray) -> np.ndarray:
 
 
 def unclipped(momentum: np.ndarray, h: np.ndarray, gamma: float) -> np.ndarray:
-    """Which coordinates take a step of their own, as `scale_by_sophia` with ρ = 1 has it."""
+    """Which coordinates take a step of their own, as in `scale_by_sophia` with ρ = 1."""
     return np.abs(momentum) < np.maximum(gamma * h, EPS)
 
 
@@ -441,7 +441,7 @@ def measure(
 
     On the reference batch, at the last params: estimates of several probes on the whole batch, and
     of one probe on parts of it, averaged over refreshes. Then one average of one probe as training
-    has it, on half of a batch: of the next batches at the last params, and of the run's own batches
+    does, on half of a batch: of the next batches at the last params, and of the run's own batches
     at the params that it had then.
     """
     target, cost = TARGETS[name], costs(config, trainer, trained.params, name)
@@ -534,7 +534,7 @@ def plot(rows: list[Row], differences: dict[str, Row], path: Path) -> None:
     ):
         heights = [100 * differences[kind][key] for kind in names]
         grid[1, 1].bar(places + offset, heights, 0.4, color=f"C{4 + (offset > 0)}", label=label)
-    grid[1, 1].set(title="the exact diagonals beside each other", ylabel="share (%)")
+    grid[1, 1].set(title="the two exact diagonals", ylabel="share (%)")
     grid[1, 1].legend(fontsize="small", loc="upper left")
     grid[1, 1].set_ylim(top=1.25 * grid[1, 1].get_ylim()[1])
     for axes in grid[1]:

@@ -91,7 +91,7 @@ def figures(folder: Path) -> dict[str, Any]:
 
 
 def ratios(runs: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """What a step takes beside AdamW's with the same attention, and `lax.cond` beside the host."""
+    """Step times over AdamW's with the same attention, and those of `lax.cond` over the host's."""
     out = {}
     for name, run in runs.items():
         optimizer, _, flags = name.partition(", ")

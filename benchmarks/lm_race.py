@@ -138,7 +138,7 @@ def race(config: RaceConfig) -> None:
                 enter(config, journal, corpus, regime, name)
     if config.quick or config.tune_only:
         return
-    # Whoever raced now, the tables have all that have finished beside AdamW.
+    # The tables have all entrants that have finished, not only those of this command.
     compared = [regime for regime in REGIMES if finished(journal, regime, "adamw")]
     pairs = itertools.product(compared, ENTRANTS)
     done = [pair for pair in pairs if finished(journal, *pair)]

@@ -119,7 +119,7 @@ def growth(rows: list[dict[str, Any]], optimizer: str) -> Iterator[tuple[int, di
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Memory and FLOPs a chip by the pod's size; beside it, both over AdamW's."""
+    """Memory and FLOPs of a chip by the size of the pod, and both over AdamW's."""
     figure, (memory, flops, over) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for index, name in enumerate(OPTIMIZERS):
         line = list(growth(rows, name))

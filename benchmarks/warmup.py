@@ -7,7 +7,7 @@ Three questions, on the small regime of `lm_race`, at its tuned points, judged o
 * where: warm-up is short for one kind of params and long for the others, and the other way round;
 * what: the win rate and the curvature of every kind, refresh by refresh, with either warm-up;
 * instead: changes to the algorithm that might do without, each at both warm-ups and several
-  learning rates, beside the algorithm as it is.
+  learning rates, compared with the algorithm as it is.
 
 Runs are kept as those of `lm_race` are, in `results/warmup.jsonl`; `results/warmup.json` holds the
 tables and `warmup.png` the plot.
@@ -96,7 +96,7 @@ class Change(NamedTuple):
       correct_m: divide m by 1 - b1^t.
       probes: of an estimate.
       dense: estimate in every one of the first so many steps.
-      ramp: the clip threshold grows from 0 to 1 over so many steps, in place of the learning rate.
+      ramp: the clip threshold grows from 0 to 1 over so many steps, instead of the learning rate.
       square: average ĥ² and take the root, as AdaHessian does.
       floor: the least h of a coordinate, as a share of the tensor's mean |h|.
       late_interval: steps from one estimate to the next in the second half of the run.

@@ -1,4 +1,4 @@
-"""Images beside their spelled-out captions: a contrastive loss, which couples the whole batch.
+"""Images and their spelled-out captions: a contrastive loss, which couples the whole batch.
 
 Two towers take an image of a digit and its caption, character by character, to unit vectors. With
 z_ij = s ⟨image_i, caption_j⟩ over the B pairs of a batch, s > 0 learnt, the loss (InfoNCE) is
@@ -10,7 +10,7 @@ What that means for the curvature:
 1. The outputs are the logits z [B, B], and the predictions their B rows and their B columns, each a
    softmax over the batch: which caption is this image's, which image is this caption's. L is the
    mean over 2B of them, so `gauss_newton_bartlett` gets both, [2, B, B], as `categorical`. Rows and
-   columns share their logits but draw labels on their own, so in the square of the pulled-back
+   columns share their logits but sample labels independently, so in the square of the pulled-back
    residual the terms of two predictions have mean zero, and the estimate is exact in expectation
    for the Gauss-Newton matrix of L, both directions included. By hand, ĥ = 2B ĝ ⊙ ĝ: the factor
    counts pairs, twice, and neither pixels nor characters.
@@ -24,8 +24,8 @@ What that means for the curvature:
    diagonal, is -inf. Its probability is zero, in the loss, in what the estimator draws and in what
    it pulls back, so neither estimator needs to be told.
 4. `weights` do the other half. A pair that is only padding must neither predict (weight 0 for its
-   row and its column) nor be predicted (-inf in the other rows and columns). A weight alone would
-   leave it as a wrong answer for all others, -inf alone would leave its own row in the mean.
+   row and its column) nor be predicted (-inf in the other rows and columns). With the weight
+   only, it is still a wrong answer for all others; with -inf only, its own row is in the mean.
 5. For Hutchinson, weights and masks are in the loss. Where the two estimators differ is in what
    Gauss-Newton leaves out, Σ ∂L/∂z ∇²z: for log s, in which z is exponential, the exact second
    derivative turns negative where a larger s would still help; Gauss-Newton's cannot.
@@ -94,7 +94,7 @@ def directions(
       weights_B: zero for pairs that are padding; None if there are none.
 
     Returns:
-      The logits, -inf where a pair is no candidate.
+      The logits, -inf where a pair is not a candidate.
     """
     count = len(labels_B)
     excluded = labels_B[:, None] == labels_B[None, :]

@@ -1,26 +1,20 @@
 """A small vision transformer on scikit-learn's digits, trained with AdamW, Sophia-G and Sophia-H.
 
-Two tasks, and what the curvature is in each:
+Two tasks, and the curvature of each:
 
-classes   Cross-entropy with smoothed labels. With targets q = (1 - α) onehot(y) + α / V the loss is
-          -Σ_v q_v log p_v, its gradient in the logits p - q, its Hessian in them diag(p) - p pᵀ: q
-          sums to one and drops out. So `categorical` stays exactly the Gauss-Newton matrix of the
-          smoothed loss, and nothing has to be told of α. The labels are drawn from p and the
-          residual is p - onehot(ŷ). To put drawn labels through the smoothed loss would be wrong:
-          that residual has the mean α (p - 1/V), which the square would count as curvature, and
-          the more so the larger the batch. Smoothing also keeps the curvature alive: p stops at
-          q, where p (1 - p) > 0, while a plain cross-entropy that is fitted has none left.
+classes   Cross-entropy with smoothed labels q = (1 - α) onehot(y) + α / V. Its Hessian in the
+          logits is diag(p) - p pᵀ, as q sums to one and drops out. So `categorical` is exactly the
+          Gauss-Newton matrix of the smoothed loss: labels are sampled from p, with the residual
+          p - onehot(ŷ). Sampled labels must not be smoothed: that residual would have the mean
+          α (p - 1/V), whose square counts as curvature.
 
-pixels    The lower half of an image from the upper one: a Gaussian for each of the 32 pixels, its
-          mean from the model, its standard deviation σ given. The loss is the mean over pixels of
-          (y - f)² / 2σ², so that B, the number of predictions, is 32 for each image. `gaussian` has
-          unit variance, so the estimator gets f / σ: it is then exactly the Gauss-Newton matrix of
-          that loss, which depends on neither y nor the fit. With f in its place, h would be too
-          small by 1 / σ², and gamma would silently mean something else. (`weights=1 / σ²` is no way
-          either: only the ratios of weights matter.)
+pixels    The lower half of an image from its upper half: a Gaussian for each of the 32 pixels, with
+          the model's mean f and a given σ. The loss is the mean over pixels of (y - f)² / 2σ², and
+          `gaussian` has unit variance. So the estimator gets f / σ. With f, h would be too small by
+          1 / σ². `weights=1 / σ²` does not help, as only the ratios of weights matter.
 
-`python -m examples.vision` trains each task with each optimizer. A tuned comparison over several
-seeds is `benchmarks/digits.py`.
+`python -m examples.vision` trains each task with each optimizer; `benchmarks/digits.py` compares
+tuned optimizers over several seeds.
 """
 
 import argparse
@@ -47,9 +41,6 @@ Params = Any
 Batch = dict[str, jax.Array]
 
 
-# --- data -----------------------------------------------------------------------------------------
-
-
 def digits() -> dict[str, Batch]:
     """The 1797 images [N, 8, 8], black 0 to white 1, and their labels [N], in three splits."""
     data = load_digits()
@@ -69,11 +60,8 @@ def patches(images: jax.Array) -> jax.Array:
     return tiles.transpose(0, 1, 3, 2, 4).reshape(count, -1, PATCH**2)
 
 
-# --- model ----------------------------------------------------------------------------------------
-
-
 class Block(nnx.Module):
-    """Attention and an MLP, each after a norm and beside a residual."""
+    """Attention and an MLP, each after a norm and with a residual."""
 
     def __init__(self, rngs: nnx.Rngs):
         linear = functools.partial(nnx.Linear, rngs=rngs)
@@ -106,20 +94,16 @@ class Transformer(nnx.Module):
         return self.head(self.norm(x_BxLxW).mean(axis=1))
 
 
-# --- tasks ----------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, eq=False)
 class Task:
     """What an optimizer is to solve, as functions of the params.
 
     Attributes:
       init: a seed to params.
-      loss: (params, batch) to the training loss, twice differentiable: Hutchinson's estimator.
-      outputs: (params, batch) to what the likelihood is of: the Gauss-Newton-Bartlett estimator.
-      likelihood: of which the loss is the mean negative logarithm, up to terms that are linear in
-        the outputs or constant.
-      scores: (params, batch) to what is reported; "loss" is what the tuning minimises.
+      loss: (params, batch) to the training loss, for Hutchinson's estimator.
+      outputs: (params, batch) to the arguments of the likelihood, for Gauss-Newton-Bartlett's.
+      likelihood: its mean negative logarithm is the loss, up to terms linear in the outputs.
+      scores: (params, batch) to what is reported of held-out data.
     """
 
     init: Callable[[Any], Params]
@@ -189,9 +173,6 @@ def pixels() -> Task:
 TASKS = {"classes": classes, "pixels": pixels}
 
 
-# --- training -------------------------------------------------------------------------------------
-
-
 def gauss_newton(task: Task, params: Params, batch: Batch) -> sophia_optax.HessianFn:
     """Sophia-G's estimator."""
     return sophia_optax.gauss_newton_bartlett(
@@ -216,14 +197,6 @@ def train(
     seed: Any,
 ) -> dict[str, Any]:
     """A whole run as one function of arrays, to be jitted.
-
-    Args:
-      task: what to solve.
-      tx: the optimizer.
-      estimator: of the curvature; None for optimizers that take gradients only.
-      splits: the data; all but "train" are held out.
-      steps: how many.
-      seed: of the params and of the batches.
 
     Returns:
       The training loss and a Sophia's win rate at every step, and each held-out split's scores.

@@ -76,8 +76,8 @@ def main_memory_bytes(text: str) -> int:
     """Bytes that a program reads from and writes to main memory off a refresh.
 
     The operands and results of all that runs, loops as often as they do. A TPU's compiler copies
-    some arrays to memory on the chip ahead of their use; such a copy counts on its side of main
-    memory alone, while XLA's own "bytes accessed" has all three accesses.
+    some arrays to memory on the chip ahead of their use. Only the access to main memory of such a
+    copy counts, while XLA's own "bytes accessed" has all three accesses.
     """
     total = 0
     for times, body in running(text):

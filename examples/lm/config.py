@@ -84,7 +84,7 @@ class Hyperparameters:
       b2: decay of the second moment's, or of the curvature's, average.
       gamma: Sophia's scale of the curvature. Raise it when the win rate is below 0.1.
       win_rate: the share of coordinates to leave unclipped; gamma then follows from it.
-      weight_decay: decoupled, on matrices alone.
+      weight_decay: decoupled, on matrices only.
       warmup: the share of the run in which the rate rises from 0 to its peak.
       update_interval: steps from one curvature estimate to the next.
       clip_norm: the largest global norm of a gradient.
@@ -111,7 +111,7 @@ class RunConfig:
         "packages", those and the sources of what is installed; "text:PATTERN", files;
         "bin:FOLDER", nanoGPT's train.bin and val.bin; "hf:NAME" or "hf:NAME:CONFIG", a Hugging
         Face dataset with a column "text", streamed.
-      tokenizer: "bytes"; "bpe:SIZE", learnt from the text; "gpt2", where tiktoken has it.
+      tokenizer: "bytes"; "bpe:SIZE", learnt from the text; "gpt2", if tiktoken is installed.
       steps: optimizer steps.
       batch_size: sequences in a step, over all devices and microbatches.
       accumulate: microbatches that a step is cut into, to save memory.

@@ -20,7 +20,7 @@ def collective_traffic(text: str) -> dict[str, dict[str, int]]:
     """How often each kind of collective runs in a step on a device, and the bytes that it yields.
 
     A loop's body counts as often as it runs, a branch as if it were taken. An asynchronous
-    collective counts once, where it ends; on TPUs it may run beside a row of fusions, each of which
+    collective counts once, where it ends; on TPUs it may run during several fusions, each of which
     repeats it, with its channel: it counts where it runs the least, which is where it starts.
 
     Args:
@@ -117,7 +117,7 @@ def operands(line: str, opcode: str) -> list[str]:
 
 
 def constant(line: str) -> int:
-    """The number that an instruction stands for, 0 if it is no constant."""
+    """The number that an instruction stands for, 0 if it is not a constant."""
     number = re.search(r" constant\((\d+)\)", line)
     return int(number[1]) if number else 0
 

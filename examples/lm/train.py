@@ -93,7 +93,7 @@ class Trainer:
         return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer({})[0].init(params))
 
     def lower(self, state: TrainState, batch: jax.Array, refresh: bool | None) -> Any:
-        """The step before compilation, for shapes in place of arrays."""
+        """The step before compilation, for shapes instead of arrays."""
         return self._step.lower(state, batch, self.point, refresh)
 
     def abstract_sharded_state(self) -> TrainState:

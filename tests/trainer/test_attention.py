@@ -16,7 +16,7 @@ from tests.trainer import worker
 
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch):
-    """A stand-in for cuDNN's kernel, which has first derivatives alone; returns who was called."""
+    """A stand-in for cuDNN's kernel, which has first derivatives only; returns who was called."""
     plain, calls = jax.nn.dot_product_attention, []
 
     @jax.custom_vjp
