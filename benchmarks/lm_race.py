@@ -14,7 +14,6 @@ then.
 import dataclasses
 import itertools
 import json
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +21,10 @@ import tyro
 
 from benchmarks import race_table
 from benchmarks.entrants import ENTRANTS
+from benchmarks.lib import timing
 from benchmarks.lib.journal import Journal
 from benchmarks.lib.provenance import RESULTS, provenance
-from benchmarks.lib.sweep import Runs, Workload, step_timer
+from benchmarks.lib.sweep import Runs, Workload, compiled
 from examples.lm import data, plan
 from examples.lm.tune import LADDERS, search
 
@@ -54,6 +54,7 @@ REGIMES = {
 }
 QUICK = Regime(Workload(batch_size=2, curvature_batch=1), 10, (5, 10), tries=2, seeds=(0,))
 TUNING_SEED = 1000
+ROUNDS = 5  # of the timings
 
 
 @dataclass(frozen=True)
@@ -101,18 +102,13 @@ def average_flops(regime: str, name: str) -> float:
     return plan.step_flops(REGIMES[regime].workload.run(ENTRANTS[name]))["flops_average"]
 
 
-def seconds_over_adamw(regime: str, names: list[str], rounds: int = 5) -> dict[str, float]:
+def seconds_over_adamw(regime: str, names: list[str]) -> dict[str, float]:
     """Medians of an average step's seconds over AdamW's in the same round, refreshes included."""
-    workload = REGIMES[regime].workload
-    steps = {name: step_timer(workload.run(ENTRANTS[name])) for name in names}
-    for step in steps.values():
-        step()  # compiles
-    ratios: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(rounds):
-        taken = {name: step() for name, step in steps.items()}
-        for name in names:
-            ratios[name].append(taken[name] / taken["adamw"])
-    return {name: statistics.median(list_) for name, list_ in ratios.items()}
+    workload, corpus = REGIMES[regime].workload, data.load("stdlib")
+    trainers = {name: compiled(workload.run(ENTRANTS[name])) for name in names}
+    measures = {name: timing.mean_step(trainer, corpus) for name, trainer in trainers.items()}
+    rows = timing.over_adamw(measures, ROUNDS)
+    return {name: row["over_adamw"] for name, row in rows.items()}
 
 
 def finished(journal: Journal, regime: str, name: str) -> bool:

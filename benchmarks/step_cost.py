@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import importlib.util
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,9 +30,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
-from benchmarks.lib import programs
+from benchmarks.lib import programs, timing
 from benchmarks.lib.provenance import RESULTS, provenance
-from examples.lm import mesh, plan
+from examples.lm import data, mesh, plan
 from examples.lm.config import MODELS, MeshConfig, ModelConfig, TrainConfig
 from examples.lm.model import Transformer, parameter_count
 from examples.lm.optimizers import OPTIMIZERS, Curvature, hutchinson
@@ -190,18 +189,7 @@ def probes_cost(size: str, probes: int) -> Row:
 # --- what varies ----------------------------------------------------------------------------------
 
 
-def rounds_of(steps: dict[str, Callable[[int], float]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of an average step of each optimizer in each round, after one round to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(rounds + 1):
-        for name, measure in steps.items():
-            taken = measure(turn)
-            if turn:
-                seconds[name].append(taken)
-    return seconds
-
-
-def timed_update(size: str, optimizer: str) -> Callable[[int], float]:
+def timed_update(size: str, optimizer: str) -> Callable[[], float]:
     """Times an update off a refresh: the fastest of up to ten, at most one of them a refresh."""
     tx = transformation(size, optimizer)
     arguments = update_arguments(optimizer)
@@ -216,7 +204,7 @@ def timed_update(size: str, optimizer: str) -> Callable[[int], float]:
     grads = jax.tree.map(lambda x: 1e-3 * x, params)
     held = [params, tx.init(params)]
 
-    def measure(turn: int) -> float:
+    def measure() -> float:
         seconds: list[float] = []
         while len(seconds) < 2 or (len(seconds) < INTERVAL and sum(seconds) < 1):
             start = time.perf_counter()
@@ -227,36 +215,18 @@ def timed_update(size: str, optimizer: str) -> Callable[[int], float]:
     return measure
 
 
-def timed_step(size: str, optimizer: str) -> Callable[[int], float]:
+def timed_step(size: str, optimizer: str) -> Callable[[], float]:
     """Times the train step: the mean over one interval, its refresh included."""
-    trainer = Trainer(run(size, optimizer))
-    held = [trainer.init()]
-    shape = BATCH, SIZES[size].context + 1
-    tokens = np.random.default_rng(0).integers(0, SIZES[size].vocab_size, shape, np.int32)
-    batch = mesh.global_batch(tokens, trainer.run.mesh)
-
-    def measure(turn: int) -> float:
-        start = time.perf_counter()
-        for number in range(INTERVAL):
-            held[0], _ = trainer.step(held[0], batch, turn * INTERVAL + number)
-        jax.block_until_ready(held[0])
-        return (time.perf_counter() - start) / INTERVAL
-
-    return measure
+    model = SIZES[size]
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, model.vocab_size, BATCH * (model.context + 1), np.int32)
+    corpus = data.Corpus(tokens, tokens, tokens, model.vocab_size)
+    return timing.mean_step(Trainer(run(size, optimizer)), corpus)
 
 
 def timed(size: str, make: Callable[[str, str], Any], rounds: int) -> dict[str, Row]:
     """Each optimizer's seconds, and the median of their ratio to AdamW's in the same round."""
-    seconds = rounds_of({name: make(size, name) for name in NAMES}, rounds)
-    return {
-        name: {
-            "seconds": list_,
-            "over_adamw": statistics.median(
-                a / b for a, b in zip(list_, seconds["adamw"], strict=True)
-            ),
-        }
-        for name, list_ in seconds.items()
-    }
+    return timing.over_adamw({name: make(size, name) for name in NAMES}, rounds)
 
 
 # --- the table of all of it -----------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Sweeps of the trainer of `examples.lm`: many runs of one optimizer that share one compilation."""
 
 import dataclasses
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +9,6 @@ import jax
 import numpy as np
 
 from benchmarks.lib.journal import Journal
-from examples.lm import mesh
 from examples.lm.config import MODELS, ModelConfig, TrainConfig
 from examples.lm.data import Corpus
 from examples.lm.loop import Result
@@ -138,20 +136,3 @@ class Runs:
             return dataclasses.asdict(outcome(result, self.sweep.trainer))
 
         return self.journal.get(key, train)
-
-
-def step_timer(run: Run) -> Callable[[], float]:
-    """A function that trains for one interval and returns the seconds of an average step."""
-    trainer = compiled(run)
-    shape = run.config.batch_size, run.model.context + 1
-    batch = mesh.global_batch(np.zeros(shape, np.int32), run.mesh)
-    held, interval = [trainer.init(0)], run.hyperparameters.update_interval
-
-    def seconds() -> float:
-        start = time.perf_counter()
-        for number in range(interval):
-            held[0], _ = trainer.step(held[0], batch, number)
-        jax.block_until_ready(held[0])
-        return (time.perf_counter() - start) / interval
-
-    return seconds

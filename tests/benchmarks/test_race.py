@@ -5,9 +5,10 @@ import math
 import pytest
 
 from benchmarks.entrants import ENTRANTS
+from benchmarks.lib import timing
 from benchmarks.lib.journal import Journal
 from benchmarks.lib.provenance import RESULTS
-from benchmarks.lib.sweep import Runs, Workload
+from benchmarks.lib.sweep import Runs, Workload, compiled
 from benchmarks.lm_race import REGIMES, TUNING_SEED, finished
 from examples.lm import data
 from examples.lm.optimizers import OPTIMIZERS
@@ -82,3 +83,15 @@ def test_a_sweeps_run_is_kept_and_not_made_again(tmp_path):
     assert made["training"][0] > made["loss"] > 0
     again = Runs(Journal(path), corpus, workload.run("sophia_g"), make=None, name="first")
     assert again(*arguments) == made
+
+
+def test_times_are_medians_of_the_ratios_to_adamw_in_the_same_round():
+    adamw, other = iter([9.0, 1.0, 2.0, 4.0]), iter([9.0, 3.0, 4.0, 4.0])  # the first compiles
+    rows = timing.over_adamw({"adamw": lambda: next(adamw), "other": lambda: next(other)}, 3)
+    assert rows["other"] == {"seconds": [3.0, 4.0, 4.0], "over_adamw": 2.0}
+
+
+def test_the_time_of_a_step_is_that_of_an_interval_with_its_estimate():
+    workload = Workload(batch_size=2, curvature_batch=1, update_interval=2)
+    trainer = compiled(workload.run("adamw"))
+    assert timing.mean_step(trainer, data.load("stdlib"))() > 0
