@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
@@ -22,9 +23,21 @@ def is_inexact(leaf: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.inexact)
 
 
+def is_complex(leaf: Any) -> bool:
+    """Whether a leaf is complex."""
+    return is_inexact(leaf) and not jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+
+
 def at_least_float32(dtype: Any) -> jnp.dtype:
     """The dtype to compute in: float32, or wider if the data is."""
     return jnp.promote_types(dtype, jnp.float32)
+
+
+def dtype_to_average(leaf: Any) -> jnp.dtype:
+    """The dtype of a moving average of a leaf: its own, or float32 for a PRNG key."""
+    if jnp.issubdtype(getattr(leaf, "dtype", jnp.float32), jax.dtypes.extended):
+        return jnp.dtype(jnp.float32)
+    return jnp.result_type(leaf)
 
 
 def widen(x: Any) -> Any:
@@ -32,11 +45,26 @@ def widen(x: Any) -> Any:
     return x.astype(at_least_float32(x.dtype)) if isinstance(x, jax.Array) else x
 
 
-def log(x: Any) -> Any:
-    """The logarithm of an array, or, in double precision, of a Python number; -inf for zero."""
-    if isinstance(x, jax.Array):
-        return jnp.log(x)
-    return math.log(x) if x > 0 else -math.inf
+def hyperparameter(x: Any) -> Any:
+    """A number as a Python one, which adapts to any dtype; an array of jax in float32 at least."""
+    return x.item() if isinstance(x, np.generic | np.ndarray) else widen(x)
+
+
+def one_minus_power(x: Any, n: Int[Array, ""]) -> Float[Array, ""]:
+    """1 - xⁿ without the cancellation that costs three digits at x = 0.9999.
+
+    Args:
+      x: a Python number, whose logarithm is taken in double precision, or an array; in [0, 1).
+      n: a count.
+
+    Returns:
+      The difference. Its derivative is finite at x = 0 too.
+    """
+    if not isinstance(x, jax.Array):
+        return -jnp.expm1(n * (math.log(x) if x > 0 else -math.inf))
+    small = x < 0.5
+    power = jnp.power(jnp.where(small, x, 0.0), n)
+    return jnp.where(small, 1 - power, -jnp.expm1(n * jnp.log(jnp.where(small, 0.5, x))))
 
 
 def increment(count: Int[Array, ""]) -> Int[Array, ""]:
@@ -82,6 +110,8 @@ def zeros_like(leaf: Any, dtype: Any) -> Array:
     Returns:
       An array of zeros.
     """
+    if jnp.issubdtype(getattr(leaf, "dtype", dtype), jax.dtypes.extended):
+        return jnp.zeros(jnp.shape(leaf), dtype)
     zeros = jnp.zeros_like(leaf, dtype=dtype)
     if not isinstance(leaf, jax.Array):
         return zeros

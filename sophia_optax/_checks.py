@@ -10,6 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+SMALLEST = float(jnp.finfo(jnp.float32).tiny)
+"""What float32 holds: hardware takes smaller numbers for zero."""
 
 
 def check_number(name: str, value: Any, low: int | float, high: int | float, interval: str) -> None:
@@ -23,13 +27,22 @@ def check_number(name: str, value: Any, low: int | float, high: int | float, int
       interval: the interval as text, e.g. `"[0, 1)"`; its brackets say which ends belong to it.
 
     Raises:
-      TypeError: if the value is callable or not a number at all.
+      TypeError: if the value is callable, not a number at all, or an array of half precision.
       ValueError: if the number lies outside of the interval.
     """
     if callable(value):
         raise TypeError(
             f"{name} is a callable ({value!r}), but only learning_rate takes a schedule directly. "
             f"Wrap the optimizer: optax.inject_hyperparams(sophia_h)(..., {name}=schedule)."
+        )
+    dtype = getattr(value, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
+        decay, eps = (float(jnp.asarray(x, dtype)) for x in (0.99, 1e-12))
+        raise TypeError(
+            f"{name} is an array of {dtype}, which holds 0.99 as {decay:.4g} and 1e-12 as "
+            f"{eps:.4g}. Pass a Python number or an array of float32; under inject_hyperparams, "
+            "whose arrays have the dtype of the params, that is "
+            "optax.inject_hyperparams(..., hyperparam_dtype=jnp.float32)."
         )
     if isinstance(value, jax.Array):
         return
@@ -60,6 +73,24 @@ def check_count(name: str, value: Any) -> None:
         raise ValueError(f"{name} is {value!r}. It must be a whole number of at least 1.")
 
 
+def check_seed(value: Any) -> None:
+    """Checks that a number is a seed: `jax.random.key` takes 32 bits and drops the others.
+
+    Args:
+      value: a number, or an array of jax, which passes if it holds integers, traced or not.
+
+    Raises:
+      TypeError: if the value is not an integer.
+      ValueError: if the number has more than 32 bits.
+    """
+    if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jnp.integer):
+        return
+    if isinstance(value, bool) or not isinstance(value, (numbers.Integral, np.ndarray)):
+        raise TypeError(f"seed is {value!r}. Pass an integer.")
+    if not -(2**31) <= int(value) < 2**32:
+        raise ValueError(f"seed is {value!r}. It must be an integer in [-2³¹, 2³²).")
+
+
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Checks that a name is one of those known.
 
@@ -83,7 +114,13 @@ def check_dtype(name: str, value: Any) -> None:
       value: a dtype, or None, which passes.
 
     Raises:
-      TypeError: if it is not real floating point.
+      TypeError: if it is not real floating point, or an array instead of a dtype.
     """
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        raise TypeError(
+            f"{name} is an array of {value.dtype} instead of a dtype: optax.inject_hyperparams "
+            "calls what is callable, and jnp.float32 is. Pass jnp.dtype('float32'), or name "
+            f"{name} in static_args."
+        )
     if value is not None and not jnp.issubdtype(value, jnp.floating):
         raise TypeError(f"{name} is {value!r}. Pass a floating point dtype, or None.")

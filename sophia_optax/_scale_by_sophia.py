@@ -91,8 +91,7 @@ class SophiaRule:
         """γ / (1 - b2ⁿ), one number for all coordinates: h starts at zero and lacks that much."""
         if not self.bias_correction:
             return gamma
-        # 1 - b2ⁿ without the cancellation that costs three digits at b2 = 0.9999.
-        share = -jnp.expm1(refreshes * _arrays.log(self.b2))
+        share = _arrays.one_minus_power(self.b2, refreshes)
         return gamma / jnp.where(refreshes == 0, 1.0, share)
 
     def scaled_curvature(self, h: Array, scale: Any) -> Array:
@@ -227,7 +226,7 @@ def scale_by_sophia(
     """
     for name, value in {"b1": b1, "b2": b2}.items():
         _checks.check_number(name, value, 0, 1, "[0, 1)")
-    _checks.check_number("eps", eps, 0, math.inf, "(0, ∞)")
+    _checks.check_number("eps", eps, _checks.SMALLEST, math.inf, "[1.2e-38, ∞)")
     if clip_threshold is not None:
         _checks.check_number("clip_threshold", clip_threshold, 0, math.inf, "(0, ∞)")
     if isinstance(gamma, WinRateTarget):
@@ -235,18 +234,21 @@ def scale_by_sophia(
     else:
         _checks.check_number("gamma", gamma, 0, math.inf, "(0, ∞)")
     _checks.check_count("update_interval", update_interval)
+    _checks.check_seed(seed)
     _checks.check_dtype("mu_dtype", mu_dtype)
     _checks.check_dtype("nu_dtype", nu_dtype)
     rule = SophiaRule(
-        b1=_arrays.widen(b1),
-        b2=_arrays.widen(b2),
-        eps=_arrays.widen(eps),
-        clip_threshold=None if clip_threshold is None else _arrays.widen(clip_threshold),
+        b1=_arrays.hyperparameter(b1),
+        b2=_arrays.hyperparameter(b2),
+        eps=_arrays.hyperparameter(eps),
+        clip_threshold=_arrays.hyperparameter(clip_threshold),
         bias_correction=bias_correction,
         absolute_curvature=absolute_curvature,
         nesterov=nesterov,
     )
-    control = gamma if isinstance(gamma, WinRateTarget) else FixedGamma(_arrays.widen(gamma))
+    control = (
+        gamma if isinstance(gamma, WinRateTarget) else FixedGamma(_arrays.hyperparameter(gamma))
+    )
     return transformation(rule, control, update_interval, mu_dtype, nu_dtype, seed)
 
 
@@ -275,7 +277,7 @@ def transformation(
     def init(params: Params) -> ScaleBySophiaState:
         def zeros(dtype: DTypeLike | None) -> PyTree[Array]:
             return jax.tree.map(
-                lambda p: _arrays.zeros_like(p, dtype or jnp.result_type(p)), params
+                lambda p: _arrays.zeros_like(p, dtype or _arrays.dtype_to_average(p)), params
             )
 
         return ScaleBySophiaState(
@@ -302,7 +304,7 @@ def transformation(
         _check_update_arguments(hessian_fn, refresh)
         owned = _trees.OwnedLeaves.of(updates)
         leaves = owned.select(_trees.enumerated(state.mu))
-        gs, old_ms = owned.select(updates), owned.select(state.mu)
+        gs, old_ms = list(map(jnp.asarray, owned.select(updates))), owned.select(state.mu)
         old = _Curvature(
             owned.select(state.nu), state.refreshes, state.rejected, state.win_rate, state.gamma
         )
@@ -317,7 +319,7 @@ def transformation(
             return _refresh(rule, control, old, estimates, momenta, gs, leaves)
 
         if refresh is None:
-            due = state.count % jnp.asarray(update_interval, jnp.int32) == 0
+            due = state.count % _interval(update_interval) == 0
             curvature = jax.lax.cond(due, refreshed, lambda: old)
             # Let m wait for the refresh, which reads the old one: XLA for CPU would otherwise write
             # the new m first, and copy the old one for that.
@@ -410,6 +412,11 @@ def _refresh(
     new = _Curvature(hs, refreshes, old.rejected, win_rate, gamma)
     dropped = old._replace(rejected=_arrays.increment(old.rejected))
     return jax.tree.map(lambda new, old: jnp.where(accepted, new, old), new, dropped)
+
+
+def _interval(update_interval: Scalar) -> Int[Array, ""]:
+    """K as a whole number of at least 1, to which a traced one is rounded."""
+    return jnp.maximum(jnp.round(jnp.asarray(update_interval)).astype(jnp.int32), 1)
 
 
 def _check_update_arguments(hessian_fn: HessianFn | None, refresh: bool | None) -> None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from sophia_optax._arrays import is_inexact
+from sophia_optax._arrays import is_complex, is_inexact
 from sophia_optax._types import Coordinates
 
 
@@ -44,7 +44,7 @@ def differentiable(params: PyTree[Any]) -> Differentiable:
     """
     paths_and_leaves, treedef = jax.tree_util.tree_flatten_with_path(params)
     for path, leaf in paths_and_leaves:
-        if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
+        if is_complex(leaf):
             raise TypeError(
                 f"The parameter at {name_of(path)} is {jnp.result_type(leaf)}, and a diagonal of "
                 "the Hessian is defined for real parameters only. Split it into its real and "
@@ -113,8 +113,25 @@ class OwnedLeaves:
 
     @classmethod
     def of(cls, tree: PyTree[Any]) -> "OwnedLeaves":
-        """Finds the owned leaves of a tree of gradients."""
+        """Finds the owned leaves of a tree of gradients.
+
+        Args:
+          tree: the gradients.
+
+        Returns:
+          Where they are.
+
+        Raises:
+          TypeError: if a gradient is complex.
+        """
         flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_absent)
+        for path, leaf in flat:
+            if not is_absent(leaf) and is_complex(leaf):
+                raise TypeError(
+                    f"The gradient at {name_of(path)} is {jnp.result_type(leaf)}, and the diagonal "
+                    "of a Hessian is defined for real parameters only. Split them into real and "
+                    "imaginary parts with optax.contrib.split_real_and_imaginary."
+                )
         leaves = [leaf for _, leaf in flat]
         indices = [i for i, x in enumerate(leaves) if not is_absent(x) and is_inexact(x)]
         shapes = tuple(jnp.shape(leaves[i]) for i in indices)
@@ -234,7 +251,8 @@ def cast_updates(
         if is_inexact(grad):
             of_param = () if param is None or not is_inexact(param) else (param,)
             return update.astype(jnp.result_type(grad, *of_param))
-        dtype = jnp.int8 if grad.dtype == jax.dtypes.float0 else grad.dtype
+        dtype = grad.dtype if hasattr(grad, "dtype") else jnp.result_type(grad)
+        dtype = jnp.int8 if dtype == jax.dtypes.float0 else dtype
         return jnp.zeros(jnp.shape(grad), dtype)
 
     trees = (updates, grads) if params is None else (updates, grads, params)

@@ -4,6 +4,7 @@ import math
 import re
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import jaxtyping
@@ -12,7 +13,15 @@ import optax
 import pytest
 
 import sophia_optax
-from tests.transforms import GRADS, HESSIAN, PARAMS, constant
+from tests.transforms import (
+    GRADS,
+    HESSIAN,
+    PARAMS,
+    constant,
+    jitted_update,
+    numbered,
+    sophia_state,
+)
 
 Tree = Any
 
@@ -180,3 +189,81 @@ def test_on_emit_refuses_a_state_that_is_not_of_multi_steps() -> None:
     state = sophia_optax.sophia_h(1e-2).init(PARAMS)
     with pytest.raises((TypeError, ValueError), match="MultiSteps"):
         sophia_optax.on_emit(constant(HESSIAN), state, 2)
+
+
+HALVES = (jnp.bfloat16, jnp.float16)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("factory", ("scale_by_sophia", "sophia_h", "sophia_g"))
+def test_hyperparameters_in_half_precision_are_refused_with_the_remedy(
+    factory: str, dtype: Any
+) -> None:
+    """b2 = 0.99 would be 0.988, and in float16 an eps of 1e-12 is 0, so that 0 / 0 is NaN."""
+    params = jnp.ones(3, dtype)
+    make = getattr(sophia_optax, factory)
+    args = () if factory == "scale_by_sophia" else (1e-3,)
+    with pytest.raises(TypeError, match="hyperparam_dtype") as error:
+        optax.inject_hyperparams(make)(*args).init(params)
+    assert_helpful(str(error.value), jnp.dtype(dtype).name)
+    for name in ("b2", "eps", "gamma"):
+        with pytest.raises(TypeError, match=name):
+            make(*args, **{name: jnp.asarray(0.5, dtype)})
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_hyperparameters_injected_in_float32_give_the_plain_numbers(dtype: Any) -> None:
+    params = {"w": jnp.asarray([1.0, -2.0, 0.5], dtype)}
+    grads = {"w": jnp.asarray([0.1, 3.0, 0.0], dtype)}
+    hessian_fn = constant({"w": jnp.array([1.0, 1e3, 0.0])})
+    injected = optax.inject_hyperparams(sophia_optax.sophia_g, hyperparam_dtype=jnp.float32)
+    found = []
+    for tx in (sophia_optax.sophia_g(1e-3), injected(1e-3)):
+        updates, state = jitted_update(tx, hessian_fn)(grads, tx.init(params), params)
+        found.append((updates, sophia_state(state).mu, sophia_state(state).nu))
+    chex.assert_trees_all_close(*found, rtol=1e-2 if dtype == jnp.bfloat16 else 2e-3)
+    chex.assert_tree_all_finite(found)
+
+
+@pytest.mark.parametrize("name", ("mu_dtype", "nu_dtype"))
+def test_a_dtype_that_inject_hyperparams_has_called_is_refused(name: str) -> None:
+    """Of jnp.float32 it makes an array in the dtype of the params, as of any schedule."""
+    tx = optax.inject_hyperparams(sophia_optax.sophia_g, hyperparam_dtype=jnp.float32)
+    with pytest.raises(TypeError, match=f"{name} is an array") as error:
+        tx(1e-3, **{name: jnp.float32}).init(PARAMS)
+    assert_helpful(str(error.value), "static_args")
+    state = sophia_state(tx(1e-3, **{name: jnp.dtype("float32")}).init(PARAMS))
+    chex.assert_trees_all_equal_dtypes(state.mu, state.nu, PARAMS)
+
+
+@pytest.mark.usefixtures("own_checks_alone")
+@pytest.mark.parametrize(
+    ("seed", "error"), [(1.5, TypeError), (True, TypeError), (2**40, ValueError), ("0", TypeError)]
+)
+def test_a_seed_that_jax_would_refuse_or_shorten_is_refused_at_construction(
+    seed: Any, error: type[Exception]
+) -> None:
+    """2**40 would draw what 0 does."""
+    with pytest.raises(error, match="seed is"):
+        sophia_optax.scale_by_sophia(seed=seed)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32 - 1, np.uint32(7), np.asarray(7), jnp.int32(7)])
+def test_a_seed_of_any_integer_type_is_taken(seed: Any) -> None:
+    tx = sophia_optax.scale_by_sophia(seed=seed)
+    _, state = tx.update(GRADS, tx.init(PARAMS), hessian_fn=numbered(HESSIAN))
+    chex.assert_tree_all_finite(state)
+
+
+def test_an_eps_that_hardware_takes_for_zero_is_refused() -> None:
+    with pytest.raises(ValueError, match="eps is 1e-40"):
+        sophia_optax.scale_by_sophia(eps=1e-40)
+
+
+@pytest.mark.parametrize("clip_threshold", (1.0, None))
+def test_complex_gradients_are_refused_with_their_path(clip_threshold: float | None) -> None:
+    params = {"real": jnp.ones(2), "z": jnp.ones(2, jnp.complex64)}
+    tx = sophia_optax.scale_by_sophia(clip_threshold=clip_threshold)
+    with pytest.raises(TypeError, match="gradient") as error:
+        tx.update(params, tx.init(params), hessian_fn=constant({"real": 1.0, "z": jnp.ones(2)}))
+    assert_helpful(str(error.value), "['z']", "complex64", "split_real_and_imaginary")

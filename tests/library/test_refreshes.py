@@ -281,3 +281,40 @@ def test_win_rate_counts_owned_real_coordinates_only() -> None:
     estimate = jax.tree.map(jnp.ones_like, grads)
     _, state = jitted_update(tx, constant(estimate))(grads, tx.init(grads), grads)
     assert float(sophia_state(state).win_rate) == 0.75
+
+
+@pytest.mark.parametrize(
+    ("interval", "expected"), [(2.999999, [0, 3, 6]), (0.0, [*range(9)]), (-3.0, [*range(9)])]
+)
+def test_a_traced_interval_is_rounded_to_a_whole_number_of_at_least_one(
+    interval: float, expected: list[int]
+) -> None:
+    """Truncated, 2.999999, which a schedule computes in place of 3, would be 2."""
+    tx = optax.inject_hyperparams(sophia_optax.scale_by_sophia)(
+        update_interval=lambda t: jnp.float32(interval) + 0 * t
+    )
+    update, state, refreshed = jitted_update(tx, constant(HESSIAN)), tx.init(PARAMS), []
+    for t in range(9):
+        before = int(sophia_state(state).refreshes)
+        _, state = update(GRADS, state, PARAMS)
+        refreshed += [t] * (int(sophia_state(state).refreshes) - before)
+    assert refreshed == expected
+
+
+@pytest.mark.parametrize("refreshes", (1, 2))
+@pytest.mark.parametrize("b2", (0.0, 0.3, 0.9999))
+def test_the_derivative_by_b2_is_that_of_the_formula(b2: float, refreshes: int) -> None:
+    """At b2 = 0 too, where the logarithm has none."""
+    estimates = (1.0, 3.0)[:refreshes]
+
+    def corrected(b2: jax.Array) -> jax.Array:
+        tx = sophia_optax.scale_by_sophia(0.0, b2, gamma=1.0, update_interval=1)
+        x = jnp.full((), 0.25)
+        state = tx.init(x)
+        for estimate in estimates:
+            updates, state = tx.update(x, state, hessian_fn=constant(jnp.full((), estimate)))
+        return 0.25 / updates
+
+    # With two estimates h is (1 - b2) (b2 e + e') / (1 - b2²) = (b2 e + e') / (1 + b2).
+    expected = 0.0 if refreshes == 1 else (estimates[0] - estimates[1]) / (1 + b2) ** 2
+    np.testing.assert_allclose(jax.grad(corrected)(jnp.float32(b2)), expected, rtol=0.02, atol=0.02)

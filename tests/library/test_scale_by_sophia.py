@@ -283,3 +283,43 @@ def test_hutchinson_drives_a_tree_with_integers_and_empty_leaves() -> None:
     _, state = jitted_update(tx, hessian_fn)(grads, tx.init(params), params)
     np.testing.assert_allclose(state.nu["w"], [2.0, 10.0], rtol=1e-6)
     assert state.rejected == 0
+
+
+def test_leaves_of_every_type_that_adamw_takes_give_the_numbers_of_arrays() -> None:
+    """Python and NumPy numbers and weakly typed arrays, as gradients and as params."""
+    numbers = {"float": 2.5, "scalar": np.float32(1.5), "array": np.ones(2, np.float32)}
+    numbers |= {"weak": jnp.asarray(0.5), "whole": 3}
+    arrays = jax.tree.map(lambda x: jnp.array(x, jnp.result_type(x)), numbers)
+    tx = sophia_optax.sophia_g(1e-2, weight_decay=0.1)
+    found = []
+    for tree in (numbers, arrays):
+        updates, state = tx.update(tree, tx.init(tree), tree, hessian_fn=constant(tree))
+        _, state = tx.update(tree, state, tree, refresh=False)
+        found.append((updates, state))
+        assert not any(leaf.weak_type for leaf in jax.tree.leaves(state))
+    chex.assert_trees_all_equal(*found)
+
+
+def test_a_state_of_weakly_typed_params_can_be_carried_through_a_scan() -> None:
+    tx = sophia_optax.sophia_g(1e-2)
+    params = {"w": jnp.asarray(2.0), "n": jnp.asarray(3)}
+
+    def step(carry: Any, _: None) -> Any:
+        params, state = carry
+        grads = {"w": params["w"], "n": jnp.zeros((), jnp.int32)}
+        updates, state = tx.update(grads, state, params, hessian_fn=constant(grads))
+        return (optax.apply_updates(params, updates), state), None
+
+    (moved, _), _ = jax.lax.scan(step, (params, tx.init(params)), length=3)
+    assert moved["w"] < 2.0
+
+
+def test_init_takes_prng_keys_and_update_leaves_them_be() -> None:
+    params = {"w": jnp.ones(2), "key": jax.random.key(0)}
+    grads = jax.grad(lambda p: jnp.sum(p["w"] ** 2), allow_int=True)(params)
+    tx = sophia_optax.scale_by_sophia()
+    state = tx.init(params)
+    updates, state = tx.update(grads, state, hessian_fn=constant({"w": jnp.ones(2), "key": 0}))
+    assert np.all(updates["w"] > 0)
+    for leaf in jax.tree.leaves(state):
+        assert not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

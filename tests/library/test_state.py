@@ -229,3 +229,26 @@ def test_numpy_numbers_are_accepted() -> None:
         for one in (tx, plain)
     )
     chex.assert_trees_all_close(one, other, rtol=1e-6)
+
+
+@pytest.mark.parametrize("clip_threshold", (1.0, 0.3))
+def test_an_infinite_gradient_shows_as_nan_as_it_does_with_adamw(clip_threshold: float) -> None:
+    """Clipped, it would be one full step after the other, in one direction for good."""
+    params, bad = jnp.ones(3), jnp.array([1.0, -jnp.inf, 1.0])
+    for tx in (sophia_optax.sophia_g(0.1, clip_threshold=clip_threshold), optax.adamw(0.1)):
+        state = tx.init(params)
+        update = jitted_update(optax.with_extra_args_support(tx), constant(jnp.ones(3)))
+        for grads in (bad, params, params):
+            updates, state = update(grads, state, params)
+            np.testing.assert_array_equal(jnp.isnan(updates), [False, True, False])
+
+
+def test_apply_if_finite_saves_a_run_from_an_infinite_gradient() -> None:
+    params, bad = jnp.ones(3), jnp.array([1.0, -jnp.inf, 1.0])
+    tx = optax.apply_if_finite(sophia_optax.sophia_g(0.1), max_consecutive_errors=3)
+    update = jitted_update(tx, constant(jnp.ones(3)))
+    state = update(params, tx.init(params), params)[1]
+    updates, after = update(bad, state, params)
+    np.testing.assert_array_equal(updates, 0)
+    chex.assert_trees_all_equal(after.inner_state, state.inner_state)
+    assert np.all(update(params, after, params)[0] < 0)
