@@ -13,6 +13,7 @@ from benchmarks.lm_race import REGIMES, TUNING_SEED, finished
 from examples.lm import data
 from examples.lm.optimizers import OPTIMIZERS
 from examples.lm.tune import LADDERS, neighbours, search
+from tests.trainer.worker import MICRO, quick_compilation
 
 JOURNAL = Journal(RESULTS / "lm_race.jsonl")
 FINISHED = [(r, n) for r in REGIMES for n in ENTRANTS if finished(JOURNAL, r, n)]
@@ -72,8 +73,14 @@ def test_neighbours_are_one_value_away_in_one_hyperparameter():
     assert list(neighbours(point)) == [*expected, {"b1": 0.98, "gamma": 0.01}]
 
 
-def test_a_sweeps_run_is_kept_and_not_made_again(tmp_path):
-    workload = Workload(batch_size=2, curvature_batch=1)
+@pytest.fixture
+def quick(tmp_path):
+    with quick_compilation(tmp_path / "compiled"):
+        yield
+
+
+def test_a_sweeps_run_is_kept_and_not_made_again(quick, tmp_path):
+    workload = Workload(MICRO, batch_size=2, curvature_batch=1)
     corpus = data.load("stdlib")
     path = tmp_path / "runs.jsonl"
     arguments = {"learning_rate": 4e-3}, 12, 0, "tune"
@@ -91,7 +98,7 @@ def test_times_are_medians_of_the_ratios_to_adamw_in_the_same_round():
     assert rows["other"] == {"seconds": [3.0, 4.0, 4.0], "over_adamw": 2.0}
 
 
-def test_the_time_of_a_step_is_that_of_an_interval_with_its_estimate():
-    workload = Workload(batch_size=2, curvature_batch=1, update_interval=2)
+def test_the_time_of_a_step_is_that_of_an_interval_with_its_estimate(quick):
+    workload = Workload(MICRO, batch_size=2, curvature_batch=1, update_interval=2)
     trainer = compiled(workload.run("adamw"))
     assert timing.mean_step(trainer, data.load("stdlib"))() > 0
