@@ -86,6 +86,7 @@ class Hyperparameters:
       win_rate: the share of coordinates to leave unclipped; gamma then follows from it.
       weight_decay: decoupled, on matrices only.
       warmup: the share of the run in which the rate rises from 0 to its peak.
+      basis_interval: steps from one refresh of the eigenbasis to the next.
       update_interval: steps from one curvature estimate to the next.
       clip_norm: the largest global norm of a gradient.
     """
@@ -97,6 +98,7 @@ class Hyperparameters:
     win_rate: float | None = None
     weight_decay: float | None = None
     warmup: float | None = None
+    basis_interval: int | None = None
     update_interval: int = 10
     clip_norm: float = 1.0
 
@@ -198,6 +200,7 @@ RANGES: dict[str, tuple[float, bool, float]] = {
     "log_interval": (1, True, math.inf),
     "save_interval": (1, True, math.inf),
     "update_interval": (1, True, math.inf),
+    "basis_interval": (1, True, math.inf),
     "keep": (1, True, math.inf),
     "seed": (0, True, 2**32),
     "learning_rate": (0, False, math.inf),

@@ -94,9 +94,12 @@ def sophia(
     h: Hyperparameters,
     schedule: optax.Schedule,
     target: Callable[[float], Any] = sophia_optax.win_rate_target,
+    eigenbasis: bool = False,
     **options: Any,
 ) -> optax.GradientTransformation:
     """Sophia-G or Sophia-H, as `make` says; `options` are keywords of that."""
+    if eigenbasis:
+        options["eigenbasis"] = basis_options(h)
     return make(
         schedule,
         b1=h.b1,
@@ -106,6 +109,16 @@ def sophia(
         weight_decay=h.weight_decay,
         mask=is_matrix,
         **options,
+    )
+
+
+def soap(h: Hyperparameters, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """SOAP: Adam with Nesterov momentum in the eigenbasis of each matrix."""
+    adam = optax.scale_by_adam(h.b1, h.b2, nesterov=True)
+    return optax.chain(
+        sophia_optax.in_eigenbasis(adam, **basis_options(h)),
+        optax.add_decayed_weights(h.weight_decay, is_matrix),
+        optax.scale_by_learning_rate(schedule),
     )
 
 
@@ -153,6 +166,25 @@ def muon_dimensions(params: Params) -> Params:
         return optax.contrib.MuonDimensionNumbers(*MUON_MATRICES[name])
 
     return jax.tree_util.tree_map_with_path(dimensions, params)
+
+
+def basis_options(h: Hyperparameters) -> dict[str, Any]:
+    """What `in_eigenbasis` is told: how often, and which axes make up the matrices."""
+    return {"basis_interval": h.basis_interval, "dimension_numbers": matrix_axes}
+
+
+def matrix_axes(params: Params) -> Params:
+    """The blocks' matrices as for Muon; embeddings are turned on the side of the features."""
+
+    def axes(path: Any, _: jax.Array) -> sophia_optax.MatrixAxes | None:
+        name = next((key.key for key in reversed(path) if hasattr(key, "key")), None)
+        if name in MUON_MATRICES:
+            return sophia_optax.MatrixAxes(*MUON_MATRICES[name])
+        if name in ("embedding", "positions"):
+            return sophia_optax.MatrixAxes(0, 1, turn="right")
+        return None
+
+    return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def muon(h: Hyperparameters, schedule: optax.Schedule) -> optax.GradientTransformation:
@@ -245,6 +277,56 @@ OPTIMIZERS = {
             "gamma": (0.02, 0.05),
             "b1": (0.7, 0.8),
             "warmup": (0.2,),
+        },
+    ),
+    "sophia_g_eigenbasis": Optimizer(
+        functools.partial(sophia_g, eigenbasis=True),
+        tiny=Hyperparameters(
+            8e-3, b1=0.9, b2=0.95, gamma=0.5, weight_decay=0.1, warmup=0.05, basis_interval=10
+        ),
+        large=Hyperparameters(
+            1e-3, b1=0.9, b2=0.95, gamma=0.5, weight_decay=0.1, warmup=0.02, basis_interval=10
+        ),
+        curvature=GAUSS_NEWTON,
+        grid={
+            "learning_rate": (8e-3, 1.5e-2),
+            "gamma": (0.2, 0.5),
+            "basis_interval": (1, 10),
+            "b1": (0.9,),
+            "warmup": (0.05,),
+        },
+    ),
+    "sophia_h_eigenbasis": Optimizer(
+        functools.partial(sophia_h, eigenbasis=True),
+        tiny=Hyperparameters(
+            8e-3, b1=0.8, b2=0.95, gamma=0.02, weight_decay=0.1, warmup=0.05, basis_interval=10
+        ),
+        large=Hyperparameters(
+            1e-3, b1=0.9, b2=0.95, gamma=0.02, weight_decay=0.1, warmup=0.02, basis_interval=10
+        ),
+        curvature=HUTCHINSON,
+        grid={
+            "learning_rate": (8e-3, 1.5e-2),
+            "gamma": (0.02, 0.05),
+            "basis_interval": (1, 10),
+            "b1": (0.8,),
+            "warmup": (0.05,),
+        },
+    ),
+    "soap": Optimizer(
+        soap,
+        tiny=Hyperparameters(
+            2e-2, b1=0.9, b2=0.95, weight_decay=0.1, warmup=0.05, basis_interval=10
+        ),
+        large=Hyperparameters(
+            3e-3, b1=0.95, b2=0.95, weight_decay=0.1, warmup=0.02, basis_interval=10
+        ),
+        grid={
+            "learning_rate": (1e-2, 2e-2),
+            "b1": (0.8, 0.9),
+            "basis_interval": (1, 10),
+            "warmup": (0.05,),
+            "b2": (0.95,),
         },
     ),
     "contrib_sophia": Optimizer(

@@ -37,6 +37,7 @@ LADDERS: dict[str, tuple[float, ...]] = {
     "gamma": (0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0),
     "win_rate": (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
     "warmup": (0.02, 0.05, 0.1, 0.2, 0.3, 0.4),
+    "basis_interval": (1, 2, 5, 10, 20),
 }
 LADDERS["matrix_learning_rate"] = LADDERS["learning_rate"]
 
