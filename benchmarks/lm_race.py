@@ -26,6 +26,7 @@ from benchmarks.lib.journal import Journal
 from benchmarks.lib.provenance import RESULTS, provenance
 from benchmarks.lib.sweep import Runs, Workload, compiled
 from examples.lm import data, plan
+from examples.lm.config import ModelConfig
 from examples.lm.tune import LADDERS, search
 
 
@@ -51,6 +52,16 @@ class Regime:
 REGIMES = {
     "small": Regime(Workload(batch_size=8, curvature_batch=4), 500, (250, 500, 1000)),
     "large": Regime(Workload(batch_size=64, curvature_batch=8), 125, (63, 125, 250), tries=12),
+    "medium": Regime(
+        Workload(
+            ModelConfig(layers=4, width=160, heads=5, context=128, init_scale=0.06),
+            batch_size=64,
+            curvature_batch=8,
+        ),
+        125,
+        (63, 125, 250),
+        tries=8,
+    ),
 }
 QUICK = Regime(Workload(batch_size=2, curvature_batch=1), 10, (5, 10), tries=2, seeds=(0,))
 TUNING_SEED = 1000
