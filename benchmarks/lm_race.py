@@ -7,8 +7,8 @@ Every entrant (`entrants.py`) is tuned with the same number of tries (`examples/
 full decay of the learning rate, on other seeds, and judged on the `validation` split. Runs are
 appended to `results/lm_race.jsonl` as they end, and what is there is not run again, so that the
 race can be stopped and continued; `results/lm_race.json` holds the tables and `lm_race.png` the
-plot. A step's seconds are measured for the tables, all entrants in turn, so let nothing else run
-then.
+plot. The seconds of a step are measured for the tables, AdamW and the entrants that have none yet
+in turn, so let nothing else run then.
 """
 
 import dataclasses
@@ -122,6 +122,34 @@ def seconds_over_adamw(regime: str, names: list[str]) -> dict[str, float]:
     return {name: row["over_adamw"] for name, row in rows.items()}
 
 
+def costs(
+    done: list[tuple[str, str]], path: Path
+) -> tuple[dict[tuple[str, str], float], dict[tuple[str, str], float]]:
+    """FLOPs and seconds of an average step over AdamW's, by regime and entrant.
+
+    Args:
+      done: the pairs of regime and entrant.
+      path: the tables so far; what they have is not measured again.
+    """
+    known = json.loads(path.read_text())["results"] if path.exists() else {}
+    flops, seconds = {}, {}
+    for regime in dict.fromkeys(regime for regime, _ in done):
+        rows = known.get(regime, {})
+        missing = [n for r, n in done if r == regime and n != "adamw" and n not in rows]
+        if missing:
+            adamw = average_flops(regime, "adamw")
+            measured = seconds_over_adamw(regime, ["adamw", *missing])
+        for name in (name for r, name in done if r == regime):
+            if name in missing:
+                flops[regime, name] = average_flops(regime, name) / adamw
+                seconds[regime, name] = measured[name]
+            else:
+                row = rows.get(name, {"flops_over_adamw": 1.0, "seconds_over_adamw": 1.0})
+                flops[regime, name] = row["flops_over_adamw"]
+                seconds[regime, name] = row["seconds_over_adamw"]
+    return flops, seconds
+
+
 def finished(journal: Journal, regime: str, name: str) -> bool:
     """Whether an entrant has run at every budget and seed."""
     setup = REGIMES[regime]
@@ -149,12 +177,7 @@ def race(config: RaceConfig) -> None:
     compared = [regime for regime in REGIMES if finished(journal, regime, "adamw")]
     pairs = itertools.product(compared, ENTRANTS)
     done = [pair for pair in pairs if finished(journal, *pair)]
-    flops = {pair: average_flops(*pair) for pair in done}
-    seconds = {
-        (regime, name): ratio
-        for regime in compared
-        for name, ratio in seconds_over_adamw(regime, [n for r, n in done if r == regime]).items()
-    }
+    flops, seconds = costs(done, RESULTS / "lm_race.json")
     chosen = [row for row in journal.rows if (row["key"]["regime"], row["key"]["entrant"]) in done]
     summary = race_table.summarize(chosen, flops, seconds)
     settings = {name: dataclasses.asdict(REGIMES[name]) for name in summary}

@@ -64,7 +64,7 @@ def summarize(
 
     Args:
       rows: the journal's.
-      flops: of an average step, by regime and entrant.
+      flops: of an average step over AdamW's, by regime and entrant.
       seconds: of an average step over AdamW's, by regime and entrant.
 
     Returns:
@@ -83,7 +83,7 @@ def summarize(
             mine = [row for row in own if row["key"]["entrant"] == name]
             tried = [r for r in tuning if r["key"]["entrant"] == name and r not in mine]
             budgets, losses = losses_by_seed(mine)
-            relative = flops[regime, name] / flops[regime, "adamw"]
+            relative = flops[regime, name]
             slower = seconds[regime, name]
             advantages = {}
             for budget in budgets[1:]:

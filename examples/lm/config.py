@@ -179,7 +179,7 @@ class CompareConfig(RunConfig):
       optimizers: names in `optimizers.OPTIMIZERS`.
     """
 
-    optimizers: tuple[str, ...] = ("adamw", "sophia_g", "sophia_h")
+    optimizers: tuple[str, ...] = ("adamw", "sophia_g", "sophia_h", "sophia_g_eigenbasis")
 
 
 def lookup(table: dict[str, Any], name: str, kind: str) -> Any:

@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+import sophia_optax
 from examples.lm.config import MeshConfig, UsageError
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -82,15 +83,31 @@ def shardings(mesh: Mesh, abstract_state: Any) -> Any:
     """A NamedSharding for each array: by its axes in the params and in what mirrors them.
 
     An optimizer's averages are trees of `nnx.Param` too, with the axes that the params were made
-    with; its counters are not, and lie on every device.
+    with; its counters are not, and lie on every device. The bases of `in_eigenbasis` are stacks of
+    blocks, and are spread over the devices that hold different params.
     """
+    kinds = (nnx.Param, sophia_optax.InEigenbasisState)
 
     def place(node: Any) -> Any:
-        if not isinstance(node, nnx.Param):
-            return replicated(mesh)
-        return jax.tree.map(lambda leaf: sharding(mesh, node.axes, leaf.shape), node)
+        if isinstance(node, nnx.Param):
+            return jax.tree.map(lambda leaf: sharding(mesh, node.axes, leaf.shape), node)
+        if isinstance(node, sophia_optax.InEigenbasisState):
+            bases = jax.tree.map(lambda leaf: spread(mesh, leaf.shape), node.bases)
+            return shardings(mesh, node._replace(bases=()))._replace(bases=bases)
+        return replicated(mesh)
 
-    return jax.tree.map(place, abstract_state, is_leaf=lambda node: isinstance(node, nnx.Param))
+    def is_leaf(node: Any) -> bool:
+        return isinstance(node, kinds) and getattr(node, "bases", None) != ()
+
+    return jax.tree.map(place, abstract_state, is_leaf=is_leaf)
+
+
+def spread(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
+    """The sharding of an array by its first axis that `fsdp` divides."""
+    divisible = (i for i, size in enumerate(shape) if size % mesh.shape["fsdp"] == 0)
+    first = next(divisible, len(shape))
+    spec = [None] * first + ["fsdp"] if first < len(shape) else []
+    return NamedSharding(mesh, PartitionSpec(*spec))
 
 
 def local_rows(batch_size: int) -> slice:

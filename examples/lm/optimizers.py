@@ -169,8 +169,12 @@ def muon_dimensions(params: Params) -> Params:
 
 
 def basis_options(h: Hyperparameters) -> dict[str, Any]:
-    """What `in_eigenbasis` is told: how often, and which axes make up the matrices."""
-    return {"basis_interval": h.basis_interval, "dimension_numbers": matrix_axes}
+    """What `in_eigenbasis` is told: how often, which axes make up the matrices, how to cut them."""
+    return {
+        "basis_interval": h.basis_interval,
+        "dimension_numbers": matrix_axes,
+        "block_size": 256,
+    }
 
 
 def matrix_axes(params: Params) -> Params:
@@ -212,7 +216,8 @@ class Optimizer:
     Attributes:
       build: the transformation, from hyperparameters and a schedule.
       tiny: the hyperparameters for the tiny model. Those of AdamW, Sophia-G and Sophia-H with the
-        paper's h are the best of twelve tries each (benchmarks/results/lm_tuning.jsonl).
+        paper's h are the best of twelve tries each (benchmarks/results/lm_tuning.jsonl). Those in
+        the eigenbasis are the best of sixteen at half the batch (lm_race.jsonl).
       large: those for GPT-2, from the paper.
       curvature: how the curvature is estimated, or None for optimizers that take gradients only.
       grid: where tuning starts: the first values of each hyperparameter, which are on the ladders
@@ -282,7 +287,7 @@ OPTIMIZERS = {
     "sophia_g_eigenbasis": Optimizer(
         functools.partial(sophia_g, eigenbasis=True),
         tiny=Hyperparameters(
-            8e-3, b1=0.9, b2=0.95, gamma=0.5, weight_decay=0.1, warmup=0.05, basis_interval=10
+            8e-3, b1=0.8, b2=0.95, gamma=0.2, weight_decay=0.1, warmup=0.05, basis_interval=1
         ),
         large=Hyperparameters(
             1e-3, b1=0.9, b2=0.95, gamma=0.5, weight_decay=0.1, warmup=0.02, basis_interval=10
@@ -316,7 +321,7 @@ OPTIMIZERS = {
     "soap": Optimizer(
         soap,
         tiny=Hyperparameters(
-            2e-2, b1=0.9, b2=0.95, weight_decay=0.1, warmup=0.05, basis_interval=10
+            1.5e-2, b1=0.8, b2=0.95, weight_decay=0.1, warmup=0.02, basis_interval=1
         ),
         large=Hyperparameters(
             3e-3, b1=0.95, b2=0.95, weight_decay=0.1, warmup=0.02, basis_interval=10
