@@ -256,7 +256,7 @@ class Checkpoints:
                 f"{self.path} holds no checkpoint of a step, but {', '.join(others)}. Give one its "
                 "number as its name again, or start with another --out."
             )
-        lines = run_folder.read_lines(self.folder / run_folder.METRICS)
+        lines = run_folder.read_log(self.folder / run_folder.METRICS)
         steps = [line["step"] for line in lines if not self.run or line.get("run") == self.run]
         if max(steps, default=0) > 2 * self.config.save_interval:
             raise UsageError(

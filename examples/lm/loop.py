@@ -136,7 +136,7 @@ def fit(
 
     def diverge(step: int, what: str) -> None:
         if result.diverged is None:
-            result.diverged = step
+            result.diverged, result.validation_loss = step, math.nan
             hosts.warn(
                 f"{config.optimizer} diverged: {what} at step {step}. Try a lower --learning-rate, "
                 "a longer --warmup or a smaller --clip-norm, with another --out."

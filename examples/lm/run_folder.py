@@ -227,7 +227,7 @@ def read_json(path: Path) -> Record:
 
 
 def read_lines(path: Path) -> list[Record]:
-    """The whole lines of a log, in order; what is torn is left out."""
+    """The JSON objects of a file that has one in each line; what is torn is left out."""
     if not path.exists():
         return []
     with reading(path):
@@ -236,15 +236,20 @@ def read_lines(path: Path) -> list[Record]:
     for line in lines:
         with contextlib.suppress(ValueError, RecursionError):
             record = json.loads(line)
-            if isinstance(record, dict) and isinstance(record.get("step"), int):
+            if isinstance(record, dict):
                 found.append(record)
     return found
+
+
+def read_log(path: Path) -> list[Record]:
+    """The whole lines of metrics.jsonl, in order."""
+    return [record for record in read_lines(path) if isinstance(record.get("step"), int)]
 
 
 def read_metrics(path: Path) -> dict[str, list[dict[str, float]]]:
     """The lines of metrics.jsonl by run; a null was a number that is not finite."""
     runs: dict[str, list[dict[str, float]]] = {}
-    for record in read_lines(path):
+    for record in read_log(path):
         name = record.pop("run", "")
         line = {key: math.nan if value is None else value for key, value in record.items()}
         runs.setdefault(name, []).append(line)
@@ -253,7 +258,7 @@ def read_metrics(path: Path) -> dict[str, list[dict[str, float]]]:
 
 def forget_lines_after(path: Path, steps: int, run: str | None = None) -> None:
     """Takes what came after `steps` steps out of the log: the resumed run logs it again."""
-    records = read_lines(path)
+    records = read_log(path)
     kept = [
         record
         for record in records
@@ -293,9 +298,12 @@ class Log:
 
 
 def append_whole(path: Path, content: bytes) -> None:
-    """Appends all of the content or nothing."""
-    with path.open("ab", buffering=0) as file:
+    """Appends all of the lines or nothing, after a line that a killed process tore as well."""
+    with path.open("ab+", buffering=0) as file:
         before = file.seek(0, os.SEEK_END)
+        if before:
+            file.seek(before - 1)
+            content = content if file.read(1) == b"\n" else b"\n" + content
         try:
             rest = memoryview(content)
             while rest:  # a disk with too little room takes a part, and then raises

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from examples.lm import data
+from examples.lm import data, run_folder
 from examples.lm.config import TrainConfig, UsageError
 from examples.lm.loop import Result, fit
 from examples.lm.run import Run, resolve
@@ -153,8 +153,9 @@ def tune(config: TuneConfig) -> None:
     for name, run in runs.items():
         if not run.optimizer.grid:
             raise UsageError(f"{name} has no grid to begin with. Give its row one.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    with run_folder.writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    done = run_folder.read_lines(path)
     corpus = data.load("stdlib")
     for name, run in runs.items():
         sweep = Sweep(run.with_vocabulary(corpus.vocab_size), corpus)
@@ -171,8 +172,8 @@ def tune(config: TuneConfig) -> None:
                     "win_rate": result.win_rate,
                 }
                 done.append(found)
-                with path.open("a") as file:
-                    file.write(json.dumps(found) + "\n")
+                with run_folder.writing(path):
+                    run_folder.append_whole(path, (json.dumps(found) + "\n").encode())
                 print(json.dumps(found), flush=True)
             return found["tune_loss"]
 

@@ -206,6 +206,9 @@ def test_lines_wait_for_room_on_the_disk_and_none_is_torn_or_lost(tmp_path, monk
         def seek(self, *where):
             return self.file.seek(*where)
 
+        def read(self, size):
+            return self.file.read(size)
+
         def truncate(self, size):
             return self.file.truncate(size)
 
@@ -226,6 +229,13 @@ def test_lines_wait_for_room_on_the_disk_and_none_is_torn_or_lost(tmp_path, monk
     assert capsys.readouterr().err.count("No space left") == 1
     log.append({"step": 3})
     assert lines(log.path) == [{"step": step} for step in range(4)]
+
+
+def test_a_line_after_a_torn_one_is_a_line_of_its_own(tmp_path):
+    path = tmp_path / "results.jsonl"
+    path.write_bytes(b'{"try": 1}\n{"try": 2, "lo')
+    run_folder.append_whole(path, b'{"try": 3}\n')
+    assert run_folder.read_lines(path) == [{"try": 1}, {"try": 3}]
 
 
 def test_what_the_disk_never_took_is_counted_at_the_end(tmp_path, capsys):
