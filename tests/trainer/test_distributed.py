@@ -97,7 +97,9 @@ def test_sigterm_to_one_of_two_processes_ends_both_with_a_checkpoint_of_the_same
     assert codes == [0, 0], "\n".join(printed)
     step = history["terminated at"]
     assert 5 < step < STEPS
-    assert f"Stopped after step {step}. Continue: --resume" in printed[0]
+    assert (
+        f"Stopped after step {step}. Continue: python -m examples.lm train --resume" in printed[0]
+    )
     assert f"Resuming after step {step}." in history["bereft"][0][0]
 
 
