@@ -1,4 +1,4 @@
-"""Which part of a step's data the curvature is taken on: a sub-batch, and one mini-step of many."""
+"""Selects the data of the curvature: a part of a batch, or one of several mini-steps."""
 
 import functools
 import math
@@ -15,12 +15,12 @@ from sophia_optax._types import HessianFn, Params
 
 
 def curvature_batch(batch: PyTree[Any], size: int) -> PyTree[Any]:
-    """Takes a sub-batch for the curvature, spread evenly over the batch.
+    """Selects every (B / size)-th example of a batch for the curvature.
 
-    An estimate on a part of the batch costs that part. The paper takes 32 of 480 sequences for
-    Sophia-H and 240 for Sophia-G. It is every (B / size)-th example: with the batch sharded over
-    its first axis each device keeps some of its own, and nothing is communicated, while the first
-    `size` rows would all sit on a few devices. For that, let `size` be a multiple of the shards.
+    An estimate on a part of the batch costs that part. The paper uses 32 of 480 sequences for
+    Sophia-H and 240 for Sophia-G. If the batch is sharded over its first axis and `size` is a
+    multiple of the shards, each device keeps some of its own examples and nothing is communicated.
+    The first `size` rows would all be on a few devices.
 
     Example:
       >>> import jax.numpy as jnp, sophia_optax
@@ -29,7 +29,7 @@ def curvature_batch(batch: PyTree[Any], size: int) -> PyTree[Any]:
 
     Args:
       batch: a pytree of arrays `[B, ...]`.
-      size: how many examples to take; it divides B.
+      size: the number of examples; it divides B.
 
     Returns:
       A pytree of arrays `[size, ...]`.
@@ -67,7 +67,7 @@ def curvature_batch(batch: PyTree[Any], size: int) -> PyTree[Any]:
 
 
 def _shards_of_first_axis(leaf: Any) -> int:
-    """How many shards an array's first axis is split into, as far as its type tells."""
+    """The number of shards of an array's first axis, if its type has a sharding."""
     sharding = _arrays.explicit_sharding(leaf)
     axes = sharding.spec[0] if sharding is not None and len(sharding.spec) else None
     if sharding is None or axes is None:
@@ -81,10 +81,10 @@ def on_emit(
     multi_steps_state: optax.MultiStepsState,
     every_k: int | Callable[[Any], Any],
 ) -> HessianFn:
-    """Makes one estimate a refresh under `optax.MultiSteps`.
+    """Makes one estimate per refresh under `optax.MultiSteps`.
 
-    `MultiSteps` calls the optimizer on every mini-step and keeps the result of the last. Without
-    this, a step with a refresh would estimate the curvature `every_k` times.
+    `MultiSteps` calls the optimizer on every mini-step and keeps the result of the last one.
+    Without `on_emit`, a step with a refresh estimates the curvature `every_k` times.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, sophia_optax
@@ -98,11 +98,11 @@ def on_emit(
     Args:
       hessian_fn: the estimator, on the data of the mini-step.
       multi_steps_state: the state that the `update` of `MultiSteps` is called with.
-      every_k: what `MultiSteps` was given as `every_k_schedule`.
+      every_k: the `every_k_schedule` of `MultiSteps`.
 
     Returns:
-      A `HessianFn` that calls the one given on the mini-step that emits, and returns zeros, which
-      `MultiSteps` throws away, on the others.
+      A `HessianFn` that calls `hessian_fn` on the mini-step that emits. On the others it returns
+      zeros, which `MultiSteps` discards.
 
     Raises:
       TypeError: if the state is not one of `MultiSteps`.

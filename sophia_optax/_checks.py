@@ -1,7 +1,7 @@
 """Checks of arguments: one sentence of fact, one of remedy.
 
-Only Python's and NumPy's numbers are checked. Arrays of jax and tracers pass, so that a schedule
-through `optax.inject_hyperparams` costs nothing and nothing waits for a device.
+Only numbers of Python and NumPy are checked. Arrays of jax and tracers pass, so a schedule in
+`optax.inject_hyperparams` costs nothing and no check waits for a device.
 """
 
 import math
@@ -20,11 +20,11 @@ def check_number(name: str, value: Any, low: int | float, high: int | float, int
     """Checks that a number lies in an interval.
 
     Args:
-      name: what the argument is called.
+      name: the name of the argument.
       value: a number, or an array of jax, which passes, traced or not.
       low: the lower end.
       high: the upper end.
-      interval: the interval as text, e.g. `"[0, 1)"`; its brackets say which ends belong to it.
+      interval: the interval as text, e.g. `"[0, 1)"`; a square bracket includes the end.
 
     Raises:
       TypeError: if the value is callable, not a number at all, or an array of half precision.
@@ -61,7 +61,7 @@ def check_count(name: str, value: Any) -> None:
     """Checks that a number is an integer of at least one.
 
     Args:
-      name: what the argument is called.
+      name: the name of the argument.
       value: a number, or an array of jax, which passes, traced or not.
 
     Raises:
@@ -92,15 +92,15 @@ def check_seed(value: Any) -> None:
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Checks that a name is one of those known.
+    """Checks that a value is one of several names.
 
     Args:
-      name: what the argument is called.
-      value: what was passed.
-      choices: what may be.
+      name: the name of the argument.
+      value: the argument.
+      choices: the allowed values.
 
     Raises:
-      ValueError: if it is none of them.
+      ValueError: if the value is not one of them.
     """
     if value not in choices:
         raise ValueError(f"{name} is {value!r}. Choose one of {', '.join(map(repr, choices))}.")
@@ -110,7 +110,7 @@ def check_dtype(name: str, value: Any) -> None:
     """Checks that a dtype can hold a moving average.
 
     Args:
-      name: what the argument is called.
+      name: the name of the argument.
       value: a dtype, or None, which passes.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What an optimizer state says about the run."""
+"""Reads the scalars of a run from an optimizer state."""
 
 from typing import Any, NamedTuple
 
@@ -14,15 +14,14 @@ class SophiaDiagnostics(NamedTuple):
     """The scalars of a `ScaleBySophiaState`, for a log.
 
     Attributes:
-      count: how many updates there have been, `i32[]`.
-      refreshes: how many estimates of the curvature were accepted, `i32[]`.
-      rejected: how many were dropped as not finite, `i32[]`. More than a few mean a loss that
-        overflows.
+      count: the number of updates, `i32[]`.
+      refreshes: the number of accepted estimates of the curvature, `i32[]`.
+      rejected: the number of estimates that were dropped as not finite, `i32[]`. If it grows, the
+        curvature overflows.
       win_rate: the share of coordinates that were not clipped at the last accepted refresh,
-        `f32[]`. The paper tunes gamma until it lies between 0.1 and 0.5: if it is lower, raise
-        gamma.
-      gamma: γ of the last update, `f32[]`: as it was set, or as a `win_rate_target` found it; the
-        geometric mean over the coordinates where that is per tensor.
+        `f32[]`. The paper tunes gamma until it lies between 0.1 and 0.5. Near 0, raise gamma.
+      gamma: γ of the last update, `f32[]`, fixed or from a `win_rate_target`; the geometric mean
+        over the coordinates if the target is per tensor.
     """
 
     count: Int[Array, "..."]  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -33,9 +32,9 @@ class SophiaDiagnostics(NamedTuple):
 
 
 def diagnostics(opt_state: PyTree[Any]) -> SophiaDiagnostics:
-    """Finds Sophia's state in an optimizer state, however it is nested, and reads it.
+    """Finds Sophia's state in a nested optimizer state, and returns its scalars.
 
-    Nothing is copied to the host, so that it can be called inside `jit`.
+    It copies nothing to the host, so it can be called inside `jit`.
 
     Example:
       >>> import jax.numpy as jnp, optax, sophia_optax
@@ -44,8 +43,8 @@ def diagnostics(opt_state: PyTree[Any]) -> SophiaDiagnostics:
       0
 
     Args:
-      opt_state: the state of an optimizer that has one Sophia in it: in a chain, under
-        `inject_hyperparams`, `masked`, `partition`, `MultiSteps` ...
+      opt_state: the state of an optimizer with one Sophia, for example in a chain or under
+        `inject_hyperparams`, `masked`, `partition` or `MultiSteps`.
 
     Returns:
       The scalars. (Under `vmap` over optimizers they have its axes.)
@@ -75,7 +74,7 @@ def diagnostics(opt_state: PyTree[Any]) -> SophiaDiagnostics:
 
 
 def _mean_gamma(state: ScaleBySophiaState) -> Any:
-    """The geometric mean of γ over the coordinates; a shape of an abstract state."""
+    """The geometric mean of γ over the coordinates; for an abstract state, its shape."""
     (gamma,), (count,) = jax.tree.leaves(state.gamma), jax.tree.leaves(state.count)
     if gamma.ndim == count.ndim:
         return state.gamma

@@ -10,15 +10,15 @@ zero and covariance H_i, and pull all of them back through the outputs at once:
 
     g = Σ_i √(w_i / W) J_iᵀ r_i,      ĥ = g ⊙ g
 
-It is unbiased: in E[g gᵀ] the terms of two predictions vanish, as their r are independent with
-mean zero, and what is left is Σ_i (w_i / W) J_iᵀ E[r_i r_iᵀ] J_i = G, whose diagonal is E[ĥ].
+It is unbiased: in E[g gᵀ] the terms of two predictions vanish, because their r are independent with
+mean zero. The rest is Σ_i (w_i / W) J_iᵀ E[r_i r_iᵀ] J_i = G, whose diagonal is E[ĥ].
 
 Sampling a label ŷ_i ~ p(· | f_i) and taking r_i = ∇ℓ_i at ŷ_i is the paper's way (Algorithm 2).
 There ĥ = B ĝ ⊙ ĝ with ĝ the gradient of the mean loss on the sampled labels and B the number of
-predictions: unmasked tokens, not sequences. With the square root inside there is no B to get
-wrong, and weights are no special case.
+predictions: unmasked tokens, not sequences. With the square root above, B is not an argument, and
+weights are not a special case.
 
-One forward pass and one pullback a sample, first derivatives only.
+An estimate needs one forward pass and one pullback per sample, and first derivatives only.
 """
 
 import math
@@ -47,8 +47,8 @@ def gauss_newton_bartlett(
 ) -> HessianFn:
     """Estimates the diagonal of the Gauss-Newton matrix from gradients on sampled labels.
 
-    Nothing is computed until the result is called, which the transform does every
-    `update_interval`-th step. The estimate is never negative. No labels are needed.
+    Nothing is computed until the transform calls the result, on every `update_interval`-th step.
+    The estimate is never negative. It needs no labels.
 
     Example:
       >>> import jax, jax.numpy as jnp, sophia_optax
@@ -66,15 +66,14 @@ def gauss_newton_bartlett(
         for `bernoulli`, means `[...]` for `gaussian`. Any number of leading axes.
       params: the whole params, a pytree with leaves of any shape. Leaves that are not floating
         point stay as they are, and their estimate is zero.
-      likelihood: what the loss is the mean negative log-likelihood of: `categorical`, `bernoulli`,
-        `gaussian` or a `Likelihood` of your own.
+      likelihood: the likelihood whose mean negative logarithm is the loss: `categorical`,
+        `bernoulli`, `gaussian` or your own `Likelihood`.
       weights: the weight of each prediction in the loss's weighted mean, non-negative; 0 for masked
         or padded tokens. It has the predictions' axes (the outputs' without the trailing
-        `likelihood.event_ndim`), each of full length or 1. None weighs all alike. Only ratios
-        matter. If all are zero, there is no mean, and the estimate is NaN, which the transform
-        rejects.
-      num_samples: how many samples to average over, all from one forward pass; the variance falls
-        as 1 / num_samples. The default, 1, is the paper's.
+        `likelihood.event_ndim`), each of full length or 1. None weighs all equally. Only ratios
+        matter. If all are zero the estimate is NaN, which the transform rejects.
+      num_samples: the number of samples to average over, all from one forward pass. The variance is
+        proportional to 1 / num_samples. The default, 1, is the paper's.
       sampling: "labels" (the paper's) or "curvature_propagation", see `Likelihood`.
 
     Returns:
@@ -111,7 +110,7 @@ def gauss_newton_bartlett(
 
 
 def _array(outputs: Any, likelihood: Likelihood) -> Float[Array, "..."]:
-    """Passes an array of outputs on, and says what to do about anything else."""
+    """Returns the outputs as an array, and raises if they are not one."""
     if jax.tree.structure(outputs) != jax.tree.structure(0):
         raise TypeError(
             f"outputs_fn returned {jax.tree.structure(outputs)}, not one array. Return the outputs "

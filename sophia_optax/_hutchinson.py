@@ -3,17 +3,17 @@
 For a random vector u with E[u] = 0 and E[u uᵀ] = I, and H = ∇² L(θ), the estimate is u ⊙ (H u).
 
 It is unbiased: coordinate i is u_i Σ_j H_ij u_j, and E[u_i u_j] is 1 for i = j and 0 otherwise, so
-that the expectation is H_ii.
+the expectation is H_ii.
 
 Its variance, for coordinates of u that are independent with E[u_i⁴] = κ:
 
     Var = (κ - 1) H_ii² + Σ_{j≠i} H_ij²
 
-Random signs (Rademacher) have κ = 1, the least there is, and a normal κ = 3. So Rademacher is the
-default, and it is exact where the Hessian is diagonal. The paper draws normals.
+Random signs (Rademacher) have κ = 1, the smallest possible, and normals have κ = 3. So Rademacher
+is the default. It is exact where the Hessian is diagonal. The paper uses normals.
 
-The Hessian is never formed: H u is a derivative of the gradient in the direction u. Three ways to
-take it:
+The Hessian is never formed: H u is the derivative of the gradient in the direction u. There are
+three ways to compute it:
 
     forward_over_reverse   jvp of the gradient. The default: about twice the memory of a gradient.
     reverse_over_reverse   vjp of the gradient. For functions that have a vjp but no jvp, where the
@@ -51,8 +51,7 @@ def hutchinson(
 ) -> HessianFn:
     """Estimates the diagonal of the Hessian of a loss from Hessian-vector products.
 
-    Nothing is computed until the result is called, which the transform does every
-    `update_interval`-th step.
+    Nothing is computed until the transform calls the result, on every `update_interval`-th step.
 
     Example:
       >>> import jax, jax.numpy as jnp, sophia_optax
@@ -66,12 +65,12 @@ def hutchinson(
         step's, see `curvature_batch`). It must be twice differentiable.
       params: the whole params, a pytree with leaves of any shape. Leaves that are not floating
         point stay as they are, and their estimate is zero.
-      num_probes: how many random vectors to average over; the variance falls as 1 / num_probes,
-        the cost grows with it. The default, 1, is the paper's.
-      probe_chunk: how many probes to map at the same time; it divides `num_probes`. Memory grows
-        with it.
+      num_probes: the number of random vectors to average over. The variance is proportional to
+        1 / num_probes, the cost to num_probes. The default, 1, is the paper's.
+      probe_chunk: the number of probes to compute at the same time; it divides `num_probes`. Memory
+        grows with it.
       distribution: "rademacher" (random signs) or "gaussian" (the paper's).
-      mode: how the Hessian-vector product is taken, see the top of this module.
+      mode: how the Hessian-vector product is computed, see the top of this module.
 
     Returns:
       A `HessianFn`: from a PRNG key to a pytree with the structure and shapes of the params, in
@@ -122,7 +121,7 @@ def _multiply(u: Float[Array, "..."], hu: Float[Array, "..."]) -> Float[Array, "
 
 
 def _scalar(loss: Any) -> Float[Array, ""]:
-    """Refuses a loss that is no scalar.
+    """Checks that a loss is a scalar.
 
     Args:
       loss: what the loss function returned.
@@ -131,7 +130,7 @@ def _scalar(loss: Any) -> Float[Array, ""]:
       The same.
 
     Raises:
-      TypeError: if it is no scalar.
+      TypeError: if it is not a scalar.
     """
     if jax.tree.structure(loss) != jax.tree.structure(0) or jnp.shape(loss) != ():
         shapes = jax.tree.map(jnp.shape, loss)

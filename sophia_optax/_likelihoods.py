@@ -8,14 +8,14 @@ Each is one prediction's distribution p(y | z) with natural outputs z, and H = -
 
 Two ways to draw a vector with mean zero and covariance H:
 
-    sample_residual   the gradient of -log p(y | z) at a label y that the model itself draws. This
-                      is Gauss-Newton-Bartlett, the paper's Sophia-G.
+    sample_residual   the gradient of -log p(y | z) at a label y drawn from the model. This is
+                      Gauss-Newton-Bartlett, the paper's Sophia-G.
     sample_factor     S s, with S Sᵀ = H and random signs s: curvature propagation (Martens,
                       Sutskever and Swersky 2012, arXiv 1206.6464). For the softmax
                       S = diag(√p) - p √pᵀ, as S Sᵀ = diag(p) - 2 p pᵀ + p pᵀ.
 
-The expectation is the same and so is the cost. A label draws a rare class rarely and then with a
-residual near one; a factor shows it every time, with a value near √p.
+Expectation and cost are the same. A rare class is rarely drawn as a label, and then has a residual
+near one. A factor has a value near √p for it every time.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ from sophia_optax import _arrays
 
 @dataclasses.dataclass(frozen=True)
 class Categorical:
-    """Softmax over the last axis: the likelihood behind cross-entropy with integer labels."""
+    """Softmax over the last axis: the likelihood of cross-entropy with integer labels."""
 
     event_ndim: int = 1
 
@@ -38,10 +38,10 @@ class Categorical:
     ) -> Float[Array, "*batch V"]:
         """Returns softmax(z) - onehot(ŷ), ŷ = argmax(z + Gumbel noise).
 
-        The maximum is compared with, not looked up: where the classes are sharded, that is one
-        number to communicate for a prediction, and the one-hot array never leaves its shard. (Two
-        classes tie once in about a million draws, and then both count. The shift keeps it so for
-        large logits, whose spacing would swallow the noise.)
+        Scores are compared with their maximum instead of indexed by argmax. If the classes are
+        sharded, that communicates one number per prediction, and the one-hot array stays sharded.
+        (Two classes tie once in about a million draws, and then both count. Without the shift, the
+        rounding of large logits would hide the noise.)
         """
         sharding = _arrays.explicit_sharding(logits)
         gumbel = jax.random.gumbel(key, logits.shape, logits.dtype, out_sharding=sharding)
@@ -62,7 +62,7 @@ class Categorical:
 
 @dataclasses.dataclass(frozen=True)
 class Bernoulli:
-    """A sigmoid of every element: the likelihood behind binary cross-entropy with logits."""
+    """A sigmoid of every element: the likelihood of binary cross-entropy with logits."""
 
     event_ndim: int = 0
 
@@ -85,7 +85,7 @@ class Bernoulli:
 
 @dataclasses.dataclass(frozen=True)
 class Gaussian:
-    """A mean with unit variance for every element: the likelihood behind (z - y)² / 2."""
+    """A mean with unit variance for every element: the likelihood of (z - y)² / 2."""
 
     event_ndim: int = 0
 

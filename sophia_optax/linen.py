@@ -1,4 +1,4 @@
-"""Flax linen: a `TrainState` whose `apply_gradients` reaches the optimizer's extra arguments."""
+"""Flax linen: a `TrainState` whose `apply_gradients` forwards `hessian_fn` to the optimizer."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ from sophia_optax._types import HessianFn
 
 
 class TrainState(train_state.TrainState):
-    """Flax's `TrainState`, which passes `hessian_fn` on to the optimizer.
+    """A Flax `TrainState` that forwards `hessian_fn` to the optimizer.
 
-    Flax's own passes every keyword of `apply_gradients` to `replace`, so that an optimizer with
-    extra arguments never gets them.
+    Flax's own passes every keyword of `apply_gradients` to `replace`, so an optimizer with extra
+    arguments does not receive them.
 
     Example:
       >>> import jax, jax.numpy as jnp, sophia_optax, sophia_optax.linen

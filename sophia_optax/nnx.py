@@ -1,4 +1,4 @@
-"""Flax NNX: models to the functions of params that the estimators take."""
+"""Flax NNX: makes functions of params from models, for the estimators."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,10 +15,10 @@ def functional_loss(
     *args: Any,
     wrt: nnx.filterlib.Filter = nnx.Param,
 ) -> tuple[LossFn, Params]:
-    """Turns a loss of a model into the loss of its params that `hutchinson` takes.
+    """Makes a function of params, for `hutchinson`, from a loss of a model.
 
-    Whatever the loss changes in the model (the counts of its random streams, batch statistics) is
-    changed in a copy, so it may run inside `jit` and twice differentiated, Dropout included.
+    The loss changes random streams and batch statistics in a copy of the model only. So it can run
+    inside `jit` and be differentiated twice, Dropout included.
 
     Example:
       >>> import jax, jax.numpy as jnp, sophia_optax, sophia_optax.nnx
@@ -36,12 +36,12 @@ def functional_loss(
     Args:
       model: the model, whose state stays as it is.
       loss_fn: the model and `args` to a scalar loss.
-      *args: what else the loss takes, e.g. a batch.
-      wrt: which variables are the params: what `nnx.Optimizer` was given.
+      *args: the other arguments of the loss, e.g. a batch.
+      wrt: which variables are the params, as for `nnx.Optimizer`.
 
     Returns:
       The loss as a function of params, and the params, in the structure that
-      `nnx.Optimizer.update` hands to Optax.
+      `nnx.Optimizer.update` passes to Optax.
     """
     return _functional(model, loss_fn, args, wrt)
 
@@ -52,7 +52,7 @@ def functional_outputs(
     *args: Any,
     wrt: nnx.filterlib.Filter = nnx.Param,
 ) -> tuple[OutputsFn, Params]:
-    """Turns a model's forward pass into the function that `gauss_newton_bartlett` takes.
+    """Makes a function of params, for `gauss_newton_bartlett`, from a model's forward pass.
 
     Example:
       >>> import jax, jax.numpy as jnp, sophia_optax, sophia_optax.nnx
@@ -65,12 +65,12 @@ def functional_outputs(
     Args:
       model: the model, whose state stays as it is.
       forward: the model and `args` to its outputs.
-      *args: what else it takes, e.g. the inputs.
-      wrt: which variables are the params: what `nnx.Optimizer` was given.
+      *args: its other arguments, e.g. the inputs.
+      wrt: which variables are the params, as for `nnx.Optimizer`.
 
     Returns:
       The outputs as a function of params, and the params, in the structure that
-      `nnx.Optimizer.update` hands to Optax.
+      `nnx.Optimizer.update` passes to Optax.
     """
     return _functional(model, forward, args, wrt)
 

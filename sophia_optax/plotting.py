@@ -1,11 +1,10 @@
-"""Pictures of a run: win rate, gamma and curvature over its steps, and how h is spread.
+"""Plots of a run: win rate, gamma and curvature by step, and the distribution of h.
 
-Needs matplotlib, which the extra `plotting` brings. Every function draws one picture and returns it
-as a `matplotlib.figure.Figure`, to save or to show; no window opens and pyplot is left alone.
+Needs matplotlib, a dependency of the extra `plotting`. Each function returns one
+`matplotlib.figure.Figure`, to save or to show. It opens no window and does not use pyplot.
 
-The curves are drawn from records, dictionaries with a "step" and numbers, such as a training loop
-logs anyway. They are found under "win_rate", "gamma" and, for the quantiles of h, "curvature_q10",
-"curvature_q50" ...:
+The curves come from records: dictionaries with a "step" and numbers, as a training loop logs them.
+The names are "win_rate", "gamma" and, for the quantiles of h, "curvature_q10", "curvature_q50" ...:
 
     record = {"step": step, "win_rate": float(sophia_optax.diagnostics(opt_state).win_rate)}
     record |= sophia_optax.plotting.curvature_quantiles(opt_state)
@@ -26,7 +25,7 @@ from matplotlib.figure import Figure
 from sophia_optax._scale_by_sophia import ScaleBySophiaState
 
 Runs: TypeAlias = Mapping[str, Sequence[Mapping[str, float]]]
-"""Records by the name of the run; a record without the number in question is passed over."""
+"""Records by the name of the run; a record without the plotted number is skipped."""
 
 Group: TypeAlias = Callable[[tuple[Any, ...]], str | None]
 """The path of a parameter, as in `jax.tree_util`, to the name of its group; None leaves it out."""
@@ -38,7 +37,7 @@ _EDGES = 10.0 ** (np.arange(_BINS + 1) / _BINS_PER_DECADE + _LOWEST_DECADE)
 
 
 def read_metrics(path: str | os.PathLike[str]) -> dict[str, list[dict[str, float]]]:
-    """Reads a log with one JSON object a line, such as `examples.lm` writes.
+    """Reads a log with one JSON object per line, as `examples.lm` writes it.
 
     Args:
       path: the file. Each line has the run's name as "run" and numbers under other names; where
@@ -66,7 +65,7 @@ def win_rate(runs: Runs) -> Figure:
       runs: records with "step" and "win_rate".
 
     Returns:
-      The picture, with the range from 0.1 to 0.5, which the paper tunes gamma for, in gray.
+      The figure. The range from 0.1 to 0.5, for which the paper tunes gamma, is gray.
     """
     figure, axes = _axes("share of coordinates not clipped", "win rate")
     axes.axhspan(0.1, 0.5, color="gray", alpha=0.15, linewidth=0, label="0.1 to 0.5 (paper)")
@@ -78,13 +77,13 @@ def win_rate(runs: Runs) -> Figure:
 
 
 def gamma(runs: Runs) -> Figure:
-    """Draws the scale of the curvature, by step: a schedule's, or one that follows the win rate.
+    """Draws γ by step, for a schedule or a `win_rate_target`.
 
     Args:
       runs: records with "step" and "gamma".
 
     Returns:
-      The picture, gamma on a log scale.
+      The figure, with gamma on a log scale.
     """
     figure, axes = _axes("γ", "gamma")
     for color, name, steps, values in _curves(runs, "gamma"):
@@ -101,7 +100,7 @@ def curvature(runs: Runs) -> Figure:
       runs: records with "step" and what `curvature_quantiles` returns.
 
     Returns:
-      The picture, h on a log scale.
+      The figure, with h on a log scale.
 
     Raises:
       ValueError: if no record has a quantile.
@@ -129,9 +128,9 @@ def curvature(runs: Runs) -> Figure:
 def curvature_quantiles(
     opt_state: PyTree[Any], quantiles: Sequence[float] = (0.1, 0.5, 0.9)
 ) -> dict[str, float]:
-    """Reads the quantiles of h off an optimizer state, for a log.
+    """Computes the quantiles of h in an optimizer state, for a log.
 
-    All of h passes through the host, one shard after another: call it now and then, not every step.
+    It copies all of h to the host, one shard after another. Do not call it on every step.
 
     Example:
       >>> import jax.numpy as jnp, sophia_optax, sophia_optax.plotting
@@ -148,7 +147,7 @@ def curvature_quantiles(
 
     Returns:
       A number for each, to within 7 %, under names such as "curvature_q50"; 0 where the quantile is
-      not positive. Of the h that is stored, which `bias_correction` has not touched.
+      not positive. They are of the stored h, without bias correction.
 
     Raises:
       ValueError: if there is no state of Sophia.
@@ -178,8 +177,8 @@ def by_path(path: tuple[Any, ...]) -> str:
       path: the parameter's path, as in `jax.tree_util`.
 
     Returns:
-      The keys with points between them, and a star for each number. The attribute `value`, in
-      which a box such as `nnx.Param` keeps its array, is left out.
+      The keys joined by points, with a star for each number. The attribute `value` of a box such as
+      `nnx.Param` is left out.
     """
     if path and path[-1] == jax.tree_util.GetAttrKey("value"):
         path = path[:-1]
@@ -190,11 +189,10 @@ def by_path(path: tuple[Any, ...]) -> str:
 def curvature_histogram(
     opt_state: PyTree[Any], group: Group = by_path, *, b2: float | None = None
 ) -> Figure:
-    """Draws how h is spread, a row for each group of parameters.
+    """Draws the distribution of h, with a row for each group of parameters.
 
-    Where h spans many decades within a group, one learning rate could not have served it. What is
-    not positive has no place on a log scale: its share stands beside the row, and there the step is
-    a sign step.
+    Where h spans many decades within a group, no single learning rate suits it. The log scale shows
+    positive h only; the label of a row has the share of the others.
 
     Example:
       >>> import jax.numpy as jnp, optax, sophia_optax, sophia_optax.plotting
@@ -205,16 +203,16 @@ def curvature_histogram(
       >>> figure = sophia_optax.plotting.curvature_histogram(state)
 
     Args:
-      opt_state: the state of an optimizer with a Sophia in it, however nested; with several, as
-        under `optax.partition`, each has its own parameters. Arrays may be sharded: one shard is
-        copied at a time, and of several processes each draws what it holds.
+      opt_state: the state of an optimizer with at least one Sophia, also nested, for example under
+        `optax.partition`. Arrays may be sharded: one shard is copied at a time, and each process
+        draws its own shards.
       group: the group of a parameter by its path; None leaves the parameter out. By default the
         path itself, with one group for all members of a list.
-      b2: the optimizer's; h is then corrected for having started at zero, as the update does. None
-        draws the h that is stored.
+      b2: the optimizer's b2, to correct h for its start at zero, as the update does. None draws the
+        stored h.
 
     Returns:
-      The picture.
+      The figure.
 
     Raises:
       ValueError: if there is no state of Sophia, or h is nowhere positive.
@@ -252,7 +250,7 @@ def curvature_histogram(
 
 
 class _Spread(NamedTuple):
-    """How many coordinates there are, and how many of the positive ones lie in each bin."""
+    """The number of coordinates, and of positive ones in each bin."""
 
     counts: np.ndarray
     size: int
@@ -278,7 +276,7 @@ def _spread(leaf: Any, share: float = 1.0) -> _Spread:
 
 
 def _parts(leaf: Any) -> list[Any]:
-    """The parts of an array that this process holds, each of them once."""
+    """The distinct shards of an array on this process."""
     if not isinstance(leaf, jax.Array):
         return [leaf]
     return list({str(shard.index): shard.data for shard in leaf.addressable_shards}.values())
@@ -299,7 +297,7 @@ def _curvature_leaves(opt_state: PyTree[Any]) -> Iterator[tuple[tuple[Any, ...],
 
 
 def _axes(label: str, title: str) -> tuple[Figure, Axes]:
-    """An empty picture of something by step."""
+    """An empty figure of a number by step."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     axes.set(xlabel="step", ylabel=label, title=title)
