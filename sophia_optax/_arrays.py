@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
@@ -45,9 +44,14 @@ def widen(x: Any) -> Any:
     return x.astype(at_least_float32(x.dtype)) if isinstance(x, jax.Array) else x
 
 
+def is_numpy(x: Any) -> bool:
+    """Whether x is an array or a scalar of NumPy, which the core does not import."""
+    return hasattr(x, "__array__") and not isinstance(x, jax.Array | type)
+
+
 def hyperparameter(x: Any) -> Any:
     """A number as a Python one, which adapts to any dtype; an array of jax in float32 at least."""
-    return x.item() if isinstance(x, np.generic | np.ndarray) else widen(x)
+    return x.item() if is_numpy(x) else widen(x)
 
 
 def one_minus_power(x: Any, n: Int[Array, ""]) -> Float[Array, ""]:

@@ -10,7 +10,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from sophia_optax._arrays import is_numpy
 
 SMALLEST = float(jnp.finfo(jnp.float32).tiny)
 """What float32 holds: hardware takes smaller numbers for zero."""
@@ -85,7 +86,7 @@ def check_seed(value: Any) -> None:
     """
     if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jnp.integer):
         return
-    if isinstance(value, bool) or not isinstance(value, (numbers.Integral, np.ndarray)):
+    if isinstance(value, bool) or not (isinstance(value, numbers.Integral) or is_numpy(value)):
         raise TypeError(f"seed is {value!r}. Pass an integer.")
     if not -(2**31) <= int(value) < 2**32:
         raise ValueError(f"seed is {value!r}. It must be an integer in [-2³¹, 2³²).")
@@ -116,7 +117,7 @@ def check_dtype(name: str, value: Any) -> None:
     Raises:
       TypeError: if it is not real floating point, or an array instead of a dtype.
     """
-    if isinstance(value, jax.Array | np.ndarray | np.generic):
+    if isinstance(value, jax.Array) or is_numpy(value):
         raise TypeError(
             f"{name} is an array of {value.dtype} instead of a dtype: optax.inject_hyperparams "
             "calls what is callable, and jnp.float32 is. Pass jnp.dtype('float32'), or name "

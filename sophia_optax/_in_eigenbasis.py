@@ -111,11 +111,11 @@ def in_eigenbasis(
       >>> for step in range(61):
       ...     w, state, loss = train_step(w, state)
       ...     if step % 20 == 0:
-      ...         print(f"{loss:.2f}")
-      359.30
-      25.19
-      3.21
-      0.01
+      ...         print(f"{loss:.1f}")
+      359.3
+      25.2
+      3.2
+      0.0
 
     Args:
       inner: a transformation whose update of a coordinate depends on that coordinate's gradients
