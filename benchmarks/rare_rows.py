@@ -1,0 +1,257 @@
+"""What the rows of a large vocabulary do that the curvature has not seen, and what mends it.
+
+    python -m benchmarks.rare_rows [--quick]
+
+A row of an embedding whose token was in a gradient's batch, and never in an estimate's, has h = 0:
+it takes sign steps for as long as its momentum is not zero. The runs count these rows and compare
+ways to treat them, on a byte-pair vocabulary of the standard library's sources, with tied and with
+separate embeddings. `results/rare_rows.json` holds the table.
+"""
+
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from flax import nnx
+
+import sophia_optax
+from benchmarks.lib.provenance import RESULTS, provenance
+from examples.lm import data
+from examples.lm.config import ModelConfig
+from examples.lm.model import Transformer, normal
+from sophia_optax._scale_by_sophia import SophiaRule, transformation
+from sophia_optax._win_rate_target import FixedGamma
+
+
+@dataclass(frozen=True)
+class RareConfig:
+    """What to compare.
+
+    Attributes:
+      vocab_size: of the byte-pair encoding.
+      width: of the model.
+      context: tokens of a sequence.
+      batch_size: sequences of a step.
+      curvature_batch: sequences of an estimate, where the variant does not say otherwise.
+      steps: of a run.
+      learning_rates: tried with the first seed; the best one runs with all seeds.
+      seeds: of the reported runs.
+      variants: which of `VARIANTS` to run; none stands for AdamW and all of them.
+      tied: whether the output matrix is the embedding: no, yes or both in turn.
+      quick: a few steps of a small vocabulary, to see that it runs; writes no results.
+      output: the file of results.
+    """
+
+    vocab_size: int = 8192
+    width: int = 64
+    context: int = 64
+    batch_size: int = 8
+    curvature_batch: int = 2
+    steps: int = 400
+    learning_rates: tuple[float, ...] = (2e-3, 5e-3)
+    seeds: tuple[int, ...] = (0, 1)
+    variants: tuple[str, ...] = ()
+    tied: tuple[bool, ...] = (False, True)
+    quick: bool = False
+    output: Path = RESULTS / "rare_rows.json"
+
+
+@dataclass(frozen=True)
+class FlooredRule(SophiaRule):
+    """The denominator is at least a share of the mean curvature of the parameter."""
+
+    share: float = 0.0
+
+    def denominator(self, h: jax.Array, scale: Any) -> jax.Array:
+        """max(γ |h|, share γ mean |h|, ε)."""
+        curvature = self.scaled_curvature(h, scale)
+        return jnp.maximum(curvature, jnp.maximum(self.share * curvature.mean(), self.eps))
+
+
+@dataclass(frozen=True)
+class WaitingRule(SophiaRule):
+    """A coordinate without curvature waits for some."""
+
+    def step(self, m: jax.Array, h: jax.Array, scale: Any) -> jax.Array:
+        """Zero where h is zero."""
+        return jnp.where(h == 0, 0.0, super().step(m, h, scale))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to treat rows without curvature.
+
+    Attributes:
+      rule: makes the equations of a step.
+      sampling: of the Gauss-Newton-Bartlett estimator.
+      whole: whether the estimate is of the whole batch.
+      fallback: whether N g² stands in where the estimate is zero, with N the tokens of the batch.
+    """
+
+    rule: Callable[..., SophiaRule] = SophiaRule
+    sampling: Any = "labels"
+    whole: bool = False
+    fallback: bool = False
+
+
+VARIANTS = {
+    "paper": Variant(),
+    "floor 0.01 mean": Variant(functools.partial(FlooredRule, share=0.01)),
+    "floor 0.1 mean": Variant(functools.partial(FlooredRule, share=0.1)),
+    "floor 1 mean": Variant(functools.partial(FlooredRule, share=1.0)),
+    "wait": Variant(WaitingRule),
+    "gradient squared": Variant(fallback=True),
+    "curvature propagation": Variant(sampling="curvature_propagation"),
+    "whole batch": Variant(whole=True),
+}
+
+
+class Untied(Transformer):
+    """The transformer with an output matrix of its own."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        super().__init__(config, rngs)
+        self.head = normal(
+            rngs, config.init_scale, vocab=config.vocab_size or 0, embed=config.width
+        )
+
+    def __call__(self, tokens_BxL: jax.Array) -> jax.Array:  # pyright: ignore
+        """Returns logits, `[B, L, V]`."""
+        x_BxLxD = self.embedding[...][tokens_BxL] + self.positions[...][: tokens_BxL.shape[1]]
+        structure, layers = nnx.split(self.blocks)
+
+        def layer(x_BxLxD: jax.Array, params: nnx.State) -> tuple[jax.Array, None]:
+            return nnx.merge(structure, params)(x_BxLxD, "xla"), None
+
+        x_BxLxD, _ = jax.lax.scan(layer, x_BxLxD, layers, unroll=True)
+        return jnp.einsum("BLD,VD->BLV", self.norm(x_BxLxD), self.head[...])
+
+
+@dataclass
+class Runs:
+    """The runs of one model and variant; the learning rate is traced, so that they compile once."""
+
+    config: RareConfig
+    corpus: data.Corpus
+    tied: bool
+    name: str
+    model: ModelConfig = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.model = ModelConfig(
+            2, self.config.width, 4, self.config.context, self.corpus.vocab_size, 0.06
+        )
+        kind = Transformer if self.tied else Untied
+        self.make = lambda rngs: kind(self.model, rngs)
+        self.structure = nnx.split(nnx.eval_shape(lambda: self.make(nnx.Rngs(0))), nnx.Param)[0]
+        self.step = jax.jit(self.train_step, donate_argnums=0)
+        self.evaluate = jax.jit(self.loss_fn)
+
+    def logits(self, params: Any, tokens: jax.Array) -> jax.Array:
+        return nnx.merge(self.structure, params)(tokens)
+
+    def loss_fn(self, params: Any, batch: jax.Array) -> jax.Array:
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            self.logits(params, batch[:, :-1]), batch[:, 1:]
+        )
+        return losses.mean()
+
+    def optimizer(self, rate: Any) -> optax.GradientTransformationExtraArgs:
+        schedule = optax.warmup_cosine_decay_schedule(
+            0.0, 1.0, self.config.steps // 10, self.config.steps, 0.05
+        )
+        if self.name == "adamw":
+            scale: Any = optax.scale_by_adam(0.9, 0.95)
+        else:
+            rule = VARIANTS[self.name].rule(0.9, 0.99, 1e-12, 1.0)
+            scale = transformation(rule, FixedGamma(0.05))
+        return optax.chain(
+            optax.clip_by_global_norm(1.0),
+            scale,
+            optax.add_decayed_weights(0.1),
+            optax.scale_by_learning_rate(lambda step: rate * schedule(step)),
+        )
+
+    def hessian_fn(self, params: Any, batch: jax.Array, grads: Any) -> Any:
+        variant = VARIANTS[self.name]
+        part = batch if variant.whole else batch[: self.config.curvature_batch]
+        estimate = sophia_optax.gauss_newton_bartlett(
+            lambda p: self.logits(p, part[:, :-1]), params, sampling=variant.sampling
+        )
+        if not variant.fallback:
+            return estimate
+        tokens = batch[:, 1:].size
+        return lambda key: jax.tree.map(
+            lambda e, g: jnp.where(e == 0, tokens * g**2, e), estimate(key), grads
+        )
+
+    def train_step(self, state: Any, batch: jax.Array, rate: Any) -> tuple[Any, dict[str, Any]]:
+        params, opt_state = state
+        grads = jax.grad(self.loss_fn)(params, batch)
+        tx, more = optax.with_extra_args_support(self.optimizer(rate)), {}
+        if self.name != "adamw":
+            more["hessian_fn"] = self.hessian_fn(params, batch, grads)
+        updates, opt_state = tx.update(grads, opt_state, params, **more)
+        rows = {}
+        if self.name != "adamw":
+            m, h = opt_state[1].mu["embedding"][...], opt_state[1].nu["embedding"][...]
+            flat = jnp.all(h == 0, axis=1) & jnp.any(m != 0, axis=1)
+            touched = jnp.any(grads["embedding"][...] != 0, axis=1)
+            rows = {
+                "flat_rows": flat.mean(),
+                "flat_of_touched": (flat & touched).sum() / touched.sum(),
+            }
+        return (optax.apply_updates(params, updates), opt_state), rows
+
+    def run(self, rate: float, seed: int) -> dict[str, Any]:
+        """Trains once."""
+        params = nnx.state(self.make(nnx.Rngs(params=jax.random.key(seed))), nnx.Param)
+        params = nnx.to_pure_dict(params)
+        state = (params, self.optimizer(rate).init(params))
+        stream = data.batches(self.corpus.train, self.config.context, self.config.batch_size, seed)
+        rows = []
+        for _ in range(self.config.steps):
+            state, counts = self.step(state, jnp.asarray(next(stream)), rate)
+            rows.append(counts)
+        batches = data.evaluation(self.corpus.validation, self.config.context, 16, 16)
+        loss = float(np.mean([self.evaluate(state[0], batch) for batch in batches]))
+        shares = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
+        last = {f"{key}_last": float(rows[-1][key]) for key in rows[0]}
+        return {"learning_rate": rate, "seed": seed, "loss": loss, **shares, **last}
+
+
+def main(config: RareConfig) -> None:
+    """Runs the comparison, and writes the results after each variant."""
+    if config.quick:
+        config = replace(
+            config, vocab_size=300, steps=4, learning_rates=(2e-3,), seeds=(0,), batch_size=4
+        )
+    corpus = data.load("stdlib", f"bpe:{config.vocab_size}")
+    settings = {k: v for k, v in vars(config).items() if not isinstance(v, Path)}
+    results: dict[str, Any] = provenance("benchmarks.rare_rows")
+    results |= {"settings": settings, "rows": []}
+    for tied in config.tied:
+        for name in config.variants or ("adamw", *VARIANTS):
+            runs = Runs(config, corpus, tied, name)
+            tried = [runs.run(rate, config.seeds[0]) for rate in config.learning_rates]
+            best = min(tried, key=lambda run: run["loss"])
+            more = [runs.run(best["learning_rate"], seed) for seed in config.seeds[1:]]
+            row = {"tied": tied, "variant": name, "tried": tried, "runs": [best, *more]}
+            row["loss"] = float(np.mean([run["loss"] for run in row["runs"]]))
+            results["rows"].append(row)
+            shares = {k: round(best[k], 4) for k in best if k.startswith("flat")}
+            print(f"tied {tied!s:5}  {name:22}  {row['loss']:.3f}  {shares}", flush=True)
+            if not config.quick:
+                config.output.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(RareConfig))
