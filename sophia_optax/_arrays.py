@@ -15,6 +15,8 @@ import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
+from sophia_optax import _manual_axes
+
 
 def is_inexact(leaf: Any) -> bool:
     """Whether a leaf is floating point: it can be differentiated, so it can have curvature."""
@@ -167,9 +169,14 @@ def mean_over_keys(
     if num == 1:
         return draw(key)
 
+    def draw_sum(keys: Array) -> list[Array]:
+        # No vmap over an axis of one: jax.lax.ragged_dot and many kernels have no batching rule.
+        if chunk == 1:
+            return draw(keys[0])
+        return [draws.sum(axis=0) for draws in jax.vmap(draw)(keys)]
+
     def add(total: list[Array], keys: Array) -> tuple[list[Array], None]:
-        draws = jax.vmap(draw)(keys)
-        return [t + d.sum(axis=0) for t, d in zip(total, draws, strict=True)], None
+        return [t + d for t, d in zip(total, draw_sum(keys), strict=True)], None
 
     keys = jax.random.split(key, num).reshape(num // chunk, chunk)
     total, _ = jax.lax.scan(add, zeros_of(jax.eval_shape(draw, key)), keys)
@@ -177,9 +184,10 @@ def mean_over_keys(
 
 
 def zeros_of(shapes: PyTree[jax.ShapeDtypeStruct]) -> PyTree[Array]:
-    """Zeros for the result of `jax.eval_shape`, in its shardings where those are of the type."""
+    """Zeros for the result of `jax.eval_shape`, sharded and varying as its types say."""
 
     def zeros(struct: jax.ShapeDtypeStruct) -> Array:
-        return jnp.zeros(struct.shape, struct.dtype, device=explicit_sharding(struct))
+        like = jnp.zeros(struct.shape, struct.dtype, device=explicit_sharding(struct))
+        return _manual_axes.vary_like(like, struct)
 
     return jax.tree.map(zeros, shapes)

@@ -30,7 +30,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from sophia_optax import _arrays, _checks, _trees
+from sophia_optax import _arrays, _checks, _manual_axes, _trees
+from sophia_optax._manual_axes import AxisName
 from sophia_optax._types import Coordinates, HessianFn, LossFn, Params
 
 Distribution: TypeAlias = Literal["rademacher", "gaussian"]
@@ -48,6 +49,7 @@ def hutchinson(
     probe_chunk: int = 1,
     distribution: Distribution = "rademacher",
     mode: Mode = "forward_over_reverse",
+    axis_name: AxisName | None = None,
 ) -> HessianFn:
     """Estimates the diagonal of the Hessian of a loss from Hessian-vector products.
 
@@ -70,7 +72,9 @@ def hutchinson(
       probe_chunk: the number of probes to compute at the same time; it divides `num_probes`. Memory
         grows with it.
       distribution: "rademacher" (random signs) or "gaussian" (the paper's).
-      mode: how the Hessian-vector product is computed, see the top of this module.
+      mode: how the Hessian-vector product is taken, see the top of this module.
+      axis_name: the mesh axes that the batch is split over and the params are not, in a
+        `jax.shard_map` or `jax.pmap`: the loss is then averaged over them.
 
     Returns:
       A `HessianFn`: from a PRNG key to a pytree with the structure and shapes of the params, in
@@ -91,12 +95,20 @@ def hutchinson(
         )
     draw = _arrays.random_signs if distribution == "rademacher" else _arrays.random_normal
     theta = _trees.differentiable(params)
-    gradient = jax.grad(lambda leaves: _scalar(loss_fn(theta.rebuild(leaves))))
+    axes_named = _manual_axes.names(axis_name)
+
+    def loss_of(leaves: _Leaves) -> Float[Array, ""]:
+        return _loss_of_all_shards(_scalar(loss_fn(theta.rebuild(leaves))), axes_named)
+
+    gradient = jax.grad(loss_of)
     product = jax.jit(partial(_PRODUCTS[mode], gradient))
 
     def one_probe(key: PRNGKeyArray, coordinates: Coordinates | None) -> _Leaves:
         keys = jax.random.split(key, len(theta.leaves))
-        u = [draw(k, leaf) for k, leaf in zip(keys, theta.leaves, strict=True)]
+        u = [
+            draw(_manual_axes.fold_in_position(k, _manual_axes.varying(leaf)), leaf)
+            for k, leaf in zip(keys, theta.leaves, strict=True)
+        ]
         probe = _trees.turned_back(theta, coordinates, u)
         hu = _trees.turned(theta, coordinates, checked_product(probe))
         return [_multiply(a, b) for a, b in zip(u, hu, strict=True)]
@@ -109,7 +121,9 @@ def hutchinson(
         if not theta.leaves:
             return theta.fill([])
         draw_one = partial(one_probe, coordinates=coordinates)
-        return theta.fill(_arrays.mean_over_keys(draw_one, key, num_probes, probe_chunk))
+        mean = _arrays.mean_over_keys(draw_one, key, num_probes, probe_chunk)
+        to_average = [axis for axis in axes_named if not _manual_axes.is_tracked(axis)]
+        return theta.fill(jax.lax.pmean(mean, to_average) if to_average else mean)
 
     return hessian_fn
 
@@ -137,6 +151,32 @@ def _scalar(loss: Any) -> Float[Array, ""]:
         raise TypeError(
             f"loss_fn returned {shapes} (shapes), not a scalar. Reduce it to one number, and drop "
             "auxiliary outputs: lambda params: loss_fn(params)[0]."
+        )
+    return loss
+
+
+def _loss_of_all_shards(loss: Float[Array, ""], axes_named: tuple[str, ...]) -> Float[Array, ""]:
+    """Averages a loss over the axes named, where its derivative is one of all shards.
+
+    Args:
+      loss: of the data on this shard.
+      axes_named: what the batch is split over. Where jax does not track them, the derivative is
+        this shard's, and the estimate is averaged in the end instead.
+
+    Returns:
+      The loss of all shards.
+
+    Raises:
+      TypeError: if the loss still varies over an axis.
+    """
+    to_average = [axis for axis in axes_named if axis in _manual_axes.varying(loss)]
+    loss = jax.lax.pmean(loss, to_average) if to_average else loss
+    if left := _manual_axes.varying(loss):
+        named = repr(left[0] if len(left) == 1 else left)
+        raise TypeError(
+            f"loss_fn returned a loss that varies over the mesh axes {left}: each shard has that "
+            f"of its own data. Pass axis_name={named} to average it, or reduce it in loss_fn, with "
+            f"jax.lax.pmean for means and jax.lax.psum for parts of a sum."
         )
     return loss
 

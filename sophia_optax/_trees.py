@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
+from sophia_optax import _manual_axes
 from sophia_optax._arrays import is_complex, is_inexact
 from sophia_optax._types import Coordinates
 
@@ -104,12 +105,14 @@ class OwnedLeaves:
       treedef: the structure of the tree, with a leaf for each absent node.
       indices: which of the leaves are owned.
       shapes: the shapes of those.
+      axes: the manual mesh axes over which each of those varies.
     """
 
     paths: tuple[Any, ...]
     treedef: Any
     indices: tuple[int, ...]
     shapes: tuple[tuple[int, ...], ...]
+    axes: tuple[tuple[str, ...], ...]
 
     @classmethod
     def of(cls, tree: PyTree[Any]) -> "OwnedLeaves":
@@ -135,7 +138,8 @@ class OwnedLeaves:
         leaves = [leaf for _, leaf in flat]
         indices = [i for i, x in enumerate(leaves) if not is_absent(x) and is_inexact(x)]
         shapes = tuple(jnp.shape(leaves[i]) for i in indices)
-        return cls(tuple(path for path, _ in flat), treedef, tuple(indices), shapes)
+        axes = tuple(_manual_axes.varying(leaves[i]) for i in indices)
+        return cls(tuple(path for path, _ in flat), treedef, tuple(indices), shapes, axes)
 
     @property
     def size(self) -> int:
@@ -165,7 +169,8 @@ class OwnedLeaves:
 
         Raises:
           TypeError: if a leaf is not real.
-          ValueError: if the structure or a shape differs.
+          ValueError: if the structure or a shape differs, or it varies over a manual mesh axis
+            that the gradient does not vary over.
         """
         try:
             leaves = self.select(estimate)
@@ -173,7 +178,9 @@ class OwnedLeaves:
             raise ValueError(self._difference(estimate)) from error
         if not all(map(jax.tree_util.all_leaves, ([leaf] for leaf in leaves))):
             raise ValueError(self._difference(estimate))
-        for index, shape, leaf in zip(self.indices, self.shapes, leaves, strict=True):
+        for index, shape, axes, leaf in zip(
+            self.indices, self.shapes, self.axes, leaves, strict=True
+        ):
             name = name_of(self.paths[index])
             dtype = jnp.result_type(leaf)
             if jnp.issubdtype(dtype, jnp.complexfloating) or not jnp.issubdtype(dtype, jnp.number):
@@ -184,6 +191,12 @@ class OwnedLeaves:
                 raise ValueError(
                     f"The estimate of hessian_fn has shape {jnp.shape(leaf)} at {name}, where the "
                     f"gradient has {shape}. Let it return a pytree with the shapes of the params."
+                )
+            if unreduced := tuple(a for a in _manual_axes.varying(leaf) if a not in axes):
+                raise ValueError(
+                    f"The estimate of hessian_fn at {name} varies over the mesh axes {unreduced}, "
+                    "and the gradient does not. Make the estimator of the params that the gradient "
+                    f"is taken in, or return jax.lax.pmean(estimate, {unreduced})."
                 )
         return [jnp.asarray(leaf) for leaf in leaves]
 

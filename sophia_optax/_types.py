@@ -19,8 +19,11 @@ Params: TypeAlias = PyTree[Any]
 LossFn: TypeAlias = Callable[[Any], Float[Array, ""]]
 """Params to the scalar loss, on a batch that the function closes over."""
 
-OutputsFn: TypeAlias = Callable[[Any], Float[Array, "..."]]
+OutputsFn: TypeAlias = Callable[[Any], PyTree[Float[Array, "..."]]]
 """Params to the model's outputs (logits, or means), on a batch that the function closes over."""
+
+HeadFn: TypeAlias = Callable[[Any, Any], PyTree[Float[Array, "..."]]]
+"""Params and a part of what comes before the last layer to that part's outputs."""
 
 
 @runtime_checkable

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
-from sophia_optax import _checks
+from sophia_optax import _checks, _manual_axes
 from sophia_optax._types import Params, Scalar
 
 TRIAL_FACTORS = tuple(4.0**exponent for exponent in range(-10, 11))
@@ -134,7 +134,7 @@ class WinRateTarget:
         gammas = self.gammas(state, leaves)
         counts = jnp.stack(
             [
-                unclipped_counts(m, h, gamma, g)
+                _manual_axes.sum_of_all_shards([unclipped_counts(m, h, gamma, g)])
                 for (m, h, g), gamma in zip(ratios(), gammas, strict=True)
             ]
         ).astype(jnp.float32)
