@@ -235,7 +235,7 @@ def race_regimes() -> str:
     """Batches, lengths and tries of each regime."""
     rows = []
     for regime, row in read("lm_race.json")["regimes"].items():
-        setting = row["setting"]
+        setting = row["workload"]
         rows.append(
             [
                 regime,
@@ -292,7 +292,7 @@ def race_summary() -> str:
     header = [""]
     for regime in regimes:
         setting = read("lm_race.json")["regimes"][regime]
-        shape = f"{setting['setting']['batch_size']} × {setting['setting']['model']['context']}"
+        shape = f"{setting['workload']['batch_size']} × {setting['workload']['model']['context']}"
         header += [f"{shape}, {setting['budgets'][-1]} steps: loss", "steps"]
     return markdown(header, rows)
 
