@@ -78,7 +78,7 @@ def gauss_newton_bartlett(
       params: the whole params, a pytree with leaves of any shape. Leaves that are not floating
         point stay as they are, and their estimate is zero.
       likelihood: what the loss is the mean negative log-likelihood of: `categorical`, `bernoulli`,
-        `gaussian` or a `Likelihood` of your own, each also `weighted`. For several outputs a pytree
+        `gaussian` or a `Likelihood` of your own. For several outputs a pytree
         of likelihoods, in the structure of the outputs.
       weights: the weight of each prediction in the loss's weighted mean, non-negative; 0 for masked
         or padded tokens. It has the predictions' axes (the outputs' without the trailing

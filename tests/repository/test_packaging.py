@@ -19,7 +19,7 @@ CORE = [path for path in MODULES if path.stem not in OPTIONAL]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 # They change parts of the algorithm, which no public name does.
-ABLATIONS = {"warmup.py"}
+ABLATIONS = {"rare_rows.py", "warmup.py"}
 
 PUBLIC_NAMES = {
     "Coordinates",
