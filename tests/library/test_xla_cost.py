@@ -106,9 +106,7 @@ def test_the_program_grows_as_the_number_of_leaves_does(gamma: Any) -> None:
         assert many <= 4 * few
 
 
-def test_the_acceptance_can_be_differentiated_and_vectorized() -> None:
-    """Through the barrier that keeps the program small."""
-
+def test_a_refresh_can_be_differentiated_and_vectorized() -> None:
     def first_update(b1: jax.Array, x: jax.Array) -> jax.Array:
         tx = sophia_optax.scale_by_sophia(b1=b1, gamma=1.0)
         updates, _ = tx.update(x, tx.init(x), hessian_fn=lambda key: jnp.ones(2), refresh=True)
