@@ -53,10 +53,5 @@ own: sophia_optax.HessianFn = Fixed()
 no_estimator: sophia_optax.HessianFn = 3  # pyright: ignore[reportAssignmentType]
 sophia_optax.sophia_h("fast")  # pyright: ignore[reportArgumentType]
 sophia_optax.hutchinson(outputs_fn, jnp.ones(3), mode="forward")  # pyright: ignore[reportArgumentType]
-sophia_optax.gauss_newton_bartlett(
-    outputs_fn,
-    jnp.ones(3),
-    likelihood=Fixed(),  # pyright: ignore[reportArgumentType]
-)
 sophia_optax.sophia_k(1e-3)  # pyright: ignore[reportAttributeAccessIssue]
 sophia_optax.plotting.win_rate({"run": [{"step": 0, "win_rate": 0.5}]}).savefig("win_rate.png")
