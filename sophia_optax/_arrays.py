@@ -183,6 +183,11 @@ def mean_over_keys(
     return [t / num for t in total]
 
 
+def nan_like(x: Array) -> Array:
+    """NaN of an array's shape, dtype and sharding; the array itself where that is of integers."""
+    return x + jnp.nan if is_inexact(x) else x
+
+
 def zeros_of(shapes: PyTree[jax.ShapeDtypeStruct]) -> PyTree[Array]:
     """Zeros for the result of `jax.eval_shape`, sharded and varying as its types say."""
 

@@ -29,14 +29,15 @@ def curvature_batch(batch: PyTree[Any], size: int) -> PyTree[Any]:
 
     Args:
       batch: a pytree of arrays `[B, ...]`.
-      size: the number of examples; it divides B.
+      size: the number of examples. With fewer than that, as in the last batch of an epoch, the
+        whole batch is taken. If it does not divide B, a sharded batch is communicated.
 
     Returns:
-      A pytree of arrays `[size, ...]`.
+      A pytree of arrays `[min(size, B), ...]`.
 
     Raises:
-      ValueError: if the leaves' first axes differ, the size does not divide them, or, under
-        Explicit axes, a shard would be left without an example.
+      ValueError: if the leaves' first axes differ, or, under Explicit axes, a shard would be left
+        without an example.
     """
     _checks.check_count("size", size)
     flat = jax.tree_util.tree_leaves_with_path(batch)
@@ -48,11 +49,7 @@ def curvature_batch(batch: PyTree[Any], size: int) -> PyTree[Any]:
                 f"must share their first axis, and that of {_trees.name_of(flat[0][0])} is "
                 f"{length}. Pass only arrays with an axis of examples."
             )
-    if length is not None and (size > length or length % size):
-        raise ValueError(
-            f"size is {size}, which does not divide the {length} examples of the batch. Choose a "
-            "divisor."
-        )
+    size = min(size, length or 0)
 
     def every(leaf: Any) -> Any:
         shards = _shards_of_first_axis(leaf)
@@ -61,7 +58,11 @@ def curvature_batch(batch: PyTree[Any], size: int) -> PyTree[Any]:
                 f"size is {size}, but the examples lie on {shards} shards, some of which would "
                 "have none of these. Choose a multiple of the shards."
             )
-        return leaf.reshape(size, -1, *leaf.shape[1:])[:, 0] if leaf.size else leaf[:size]
+        if leaf.size == 0 or length == size:
+            return leaf[:size]
+        if length % size == 0:  # a slice, in which each shard of a sharded batch keeps its own
+            return leaf.reshape(size, -1, *leaf.shape[1:])[:, 0]
+        return leaf[jnp.arange(size) * length // size]
 
     return jax.tree.map(every, batch)
 
@@ -102,7 +103,8 @@ def on_emit(
 
     Returns:
       A `HessianFn` that calls `hessian_fn` on the mini-step that emits. On the others it returns
-      zeros, which `MultiSteps` discards.
+      NaN, which `MultiSteps` discards. With a wrong `every_k` no estimate is used, and each counts
+      as `rejected` in `diagnostics`.
 
     Raises:
       TypeError: if the state is not one of `MultiSteps`.
@@ -122,7 +124,10 @@ def on_emit(
         return jax.lax.cond(
             multi_steps_state.mini_step == k - 1,
             estimate,
-            lambda key: _arrays.zeros_of(jax.eval_shape(estimate, key)),
+            # With a wrong every_k these would be used: NaN is rejected, and zeros would shrink h.
+            lambda key: jax.tree.map(
+                _arrays.nan_like, _arrays.zeros_of(jax.eval_shape(estimate, key))
+            ),
             key,
         )
 

@@ -69,15 +69,25 @@ def diagnostics(opt_state: PyTree[Any]) -> SophiaDiagnostics:
         )
     ((_, state),) = found
     return SophiaDiagnostics(
-        state.count, state.refreshes, state.rejected, state.win_rate, _mean_gamma(state)
+        _array(state.count),
+        _array(state.refreshes),
+        _array(state.rejected),
+        _array(state.win_rate),
+        _mean_gamma(state),
     )
+
+
+def _array(scalar: Any) -> Any:
+    """The array in a leaf of the state: `nnx.Optimizer` wraps each in a variable."""
+    (array,) = jax.tree.leaves(scalar)
+    return array
 
 
 def _mean_gamma(state: ScaleBySophiaState) -> Any:
     """The geometric mean of γ over the coordinates; for an abstract state, its shape."""
-    (gamma,), (count,) = jax.tree.leaves(state.gamma), jax.tree.leaves(state.count)
+    gamma, count = _array(state.gamma), _array(state.count)
     if gamma.ndim == count.ndim:
-        return state.gamma
+        return gamma
     if isinstance(gamma, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(count.shape, gamma.dtype)
     sizes = jnp.array([m.size if is_inexact(m) else 0 for m in jax.tree.leaves(state.mu)])

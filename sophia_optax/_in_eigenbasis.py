@@ -214,7 +214,7 @@ def in_eigenbasis(
             count=_arrays.increment(state.count),
             rejected=jnp.where(finite, state.rejected, _arrays.increment(state.rejected)),
             bases=bases or state.bases,
-            inner=jax.tree.map(_restore_dtype, inner_state, state.inner),
+            inner=jax.tree.map(_restore_dtype, inner_state, state.inner, is_leaf=_trees.is_absent),
         )
         return turned.cast(coordinates.back(moved), updates, params), new_state
 
@@ -281,18 +281,22 @@ class _TurnedLeaves(NamedTuple):
           The bases with their new factors; the gradients, with zeros for those whose squares are
           not finite; and whether all of them are finite.
         """
-        new: list[Basis] = [*cast(tuple[Basis, ...], bases)] if self.indices else []
-        finite = jnp.array(True)
-        numbers = iter(range(len(self.indices)))
-
-        def one(view: MatrixView, basis: Basis, g: Array) -> Array:
-            nonlocal finite
-            new[next(numbers)], known = view.observe(basis, g, decay)
+        new, finite = [], jnp.array(True)
+        leaves = self.treedef.flatten_up_to(updates)
+        for index, view, basis in zip(self.indices, self.views, self.own(bases), strict=True):
+            g = leaves[index]
+            if _trees.is_absent(g):
+                new.append(basis)
+                continue
+            observed, known = view.observe(basis, g, decay)
+            new.append(observed)
+            leaves[index] = jnp.where(known, g, jnp.zeros((), g.dtype))
             finite &= known
-            return jnp.where(known, g, jnp.zeros((), g.dtype))
+        return tuple(new), self.treedef.unflatten(leaves), finite
 
-        gradients = self.map(one, new, updates)
-        return tuple(new), gradients, finite
+    def own(self, bases: tuple[Basis, ...] | Array) -> tuple[Basis, ...]:
+        """The bases of a state, where a zero stands for none."""
+        return cast(tuple[Basis, ...], bases) if self.indices else ()
 
     def cast(
         self, updates: PyTree[Any], gradients: PyTree[Any], params: PyTree[Any] | None
@@ -350,7 +354,9 @@ class _EigenbasisCoordinates(NamedTuple):
 
 def _restore_dtype(new: Any, old: Any) -> Any:
     """Rounds a leaf of the inner state to its dtype before: turned gradients are wider."""
-    return new.astype(old.dtype) if _arrays.is_inexact(old) else new
+    if _trees.is_absent(new) or not _arrays.is_inexact(old):
+        return new
+    return new.astype(old.dtype)
 
 
 def _in_coordinates(hessian_fn: HessianFn, coordinates: Coordinates) -> HessianFn:

@@ -11,7 +11,7 @@ Differences from the paper:
 1. h starts at zero, so after n estimates it is 1 - b2ⁿ of what it should be: a tenth after 100
    steps at k = 10. It is divided by that; `bias_correction=False` gives the paper's.
 2. An estimate with a coordinate that is not finite is dropped whole and counted.
-3. |h| in place of h: a negative h is mostly noise in Hutchinson's estimates, and in the paper such
+3. |h| instead of h: a negative h is mostly noise in Hutchinson's estimates, and in the paper such
    coordinates take the largest step. `absolute_curvature=False` gives the paper's.
 
 Differences from optax.contrib.sophia, besides these:
@@ -19,13 +19,13 @@ Differences from optax.contrib.sophia, besides these:
 4. h is refreshed before it is used, as in the paper. That is also the order without copies: XLA
    refreshes h in place, while "use, then refresh" copies h twice and holds one more array.
 5. m is not bias-corrected, as in the paper.
-6. ε is 1e-12, the paper's, in place of 1e-8; it only keeps the division finite.
-7. The estimate comes from a thunk, `hessian_fn(key)`, over the whole params, in place of a loss
-   that is called on what params the transform sees; so it works under `masked` and `partition`.
+6. ε is 1e-12, the paper's, instead of 1e-8; it only keeps the division finite.
+7. The estimate comes from a thunk, `hessian_fn(key)`, over the whole params, instead of a loss
+   that is called on the params that the transform sees. So it works under `masked` and `partition`.
 8. h is float32 whatever the params are: an average with b2 = 0.99 does not move in bfloat16.
 9. No PRNG key in the state: the key is `fold_in(key(seed), count)`, so that a resumed run draws the
    same probes and every serialiser can save the state.
-10. The win rate is in the state, measured at each refresh, in place of a print.
+10. The win rate is in the state, measured at each refresh, instead of a print.
 
 Differences from the authors' PyTorch SophiaG, besides 1, 2, 3, 4 and 9: the batch size is part of
 the estimate, not of the optimizer, and ε is a floor, not added.
@@ -203,10 +203,9 @@ def scale_by_sophia(
       update_interval: k, an estimate is drawn every k-th step, the first included. Default: the
         paper's.
       bias_correction: whether h is divided by 1 - b2ⁿ. The paper does not.
-      absolute_curvature: whether |h| stands in the place of h, so that a coordinate whose h is
-        negative, which noise makes of many in Hutchinson's estimates, steps as if it were positive.
-        The paper does not: the step is a sign step there. No step is larger with |h|.
-        Default: what `benchmarks/lm_race.py` and `benchmarks/warmup.py` found the better.
+      absolute_curvature: whether the denominator uses |h| instead of h. Noise makes many of
+        Hutchinson's estimates negative. The paper takes a sign step there. No step is larger with
+        |h|. Default: the better one in `benchmarks/lm_race.py` and `benchmarks/warmup.py`.
       nesterov: whether the step looks one gradient ahead of m: b1 m + (1 - b1) g instead of m. The
         paper does not.
       mu_dtype: dtype of m; None takes that of each parameter.
@@ -217,11 +216,13 @@ def scale_by_sophia(
       A transformation whose `update` takes two arguments more: `hessian_fn`, a `HessianFn`, and
       `refresh`. With `refresh=None` it decides by `lax.cond` whether an estimate is due; True or
       False fix that when the step is traced, for trainers that compile both and choose on the host
-      (and under `vmap`, where `lax.cond` would compute both branches). `params` may be None. The
-      updates have the dtypes of the gradients. Leaves that are not floating point get zeros.
+      (and under `vmap`, where `lax.cond` would compute both branches). `params` may be None. Each
+      update has the dtype that its gradient and its parameter promote to. Leaves that are not
+      floating point get zeros.
 
     Raises:
-      TypeError: if a hyperparameter is a callable or not a number, or a dtype is no floating one.
+      TypeError: if a hyperparameter is a callable, not a number or in half precision, or a dtype is
+        not a floating one.
       ValueError: if a hyperparameter is out of its range.
     """
     for name, value in {"b1": b1, "b2": b2}.items():

@@ -623,7 +623,7 @@ def rendered(name: str) -> str:
     try:
         return TABLES[name]()
     except (OSError, LookupError, ValueError) as error:
-        return f"{error!r} in place of a table"
+        return f"{error!r} instead of a table"
 
 
 def generated(text: str) -> str:

@@ -71,8 +71,8 @@ def tracker(
 ) -> Callable[[dict[str, float]], None]:
     """A run's log function: metrics.jsonl, TensorBoard, and a move of the progress bar.
 
-    Where there is no terminal, as in a pipe or a file, a line is printed in place of the bar. What
-    it opens is closed with `closing`.
+    Without a terminal, as in a pipe or a file, it prints lines instead of the bar. What it opens is
+    closed with `closing`.
     """
     if jax.process_index() != 0:
         return lambda record: None

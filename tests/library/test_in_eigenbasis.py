@@ -396,6 +396,17 @@ def test_a_masked_matrix_takes_the_steps_that_it_takes_alone() -> None:
     assert np.all(np.abs(updates["up"]) < 0.1)
 
 
+def test_a_missing_gradient_leaves_its_basis_and_those_of_others_theirs() -> None:
+    params = {"a": jnp.ones((4, 4)), "b": jnp.ones((3, 3))}
+    grads = {"a": None, "b": jax.random.normal(KEYS[7], (3, 3))}
+    tx = in_eigenbasis(optax.trace(0.9))
+    state = tx.init(params)
+    updates, new = tx.update(grads, state, params, refresh_basis=True)
+    assert updates["a"] is None
+    chex.assert_trees_all_equal(new.bases[0], state.bases[0])
+    np.testing.assert_allclose(new.bases[1].left[0, 0], 0.1 * grads["b"] @ grads["b"].T, rtol=1e-5)
+
+
 def test_vmap_over_optimizers_is_each_of_them() -> None:
     tx = soap(basis_interval=2)
     grads = jax.random.normal(KEYS[7], (2, 4, 4))

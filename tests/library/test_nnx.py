@@ -78,6 +78,16 @@ def test_dropout_and_batch_norm_train_through_nnx_optimizer(name: str) -> None:
     assert not np.array_equal(model.norm.mean[...], np.zeros(8))
 
 
+def test_diagnostics_of_an_nnx_optimizer_are_arrays_that_format() -> None:
+    model = Classifier(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, sophia_optax.sophia_g(1e-2), wrt=nnx.Param)
+    grads = nnx.grad(loss_fn)(model, INPUTS, LABELS)
+    optimizer.update(model, grads, hessian_fn=estimator("gauss_newton_bartlett", model))
+    found = sophia_optax.diagnostics(optimizer.opt_state)
+    assert all(isinstance(value, jax.Array) for value in found)
+    assert f"{found.count:d} {found.refreshes:d} {found.win_rate:.2f}".startswith("1 1 0.")
+
+
 @each_estimator
 def test_an_estimate_leaves_the_model_as_it_was(name: str) -> None:
     """Batch statistics and the counts of random streams are changed in a copy alone."""

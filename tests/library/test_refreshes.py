@@ -123,6 +123,17 @@ def test_on_emit_follows_a_schedule_of_mini_steps() -> None:
     assert sophia_state(state).refreshes == 4
 
 
+def test_an_every_k_that_multi_steps_does_not_have_is_counted_as_rejected_estimates() -> None:
+    """The estimates would be missing on every mini-step that emits. Zeros would shrink h."""
+    multi = optax.MultiSteps(sophia_optax.sophia_h(1e-2, update_interval=1), 2)
+    state = multi.init(PARAMS)
+    for _ in range(4):
+        hessian_fn = sophia_optax.on_emit(constant(HESSIAN), state, 3)
+        _, state = multi.update(GRADS, state, PARAMS, hessian_fn=hessian_fn)
+    inner = sophia_state(state)
+    assert (int(inner.count), int(inner.refreshes), int(inner.rejected)) == (2, 0, 2)
+
+
 def test_refresh_true_refreshes_off_schedule_and_false_does_not_on_it() -> None:
     calls = Calls(constant(HESSIAN))
     tx = sophia_optax.scale_by_sophia(update_interval=3)
@@ -289,7 +300,7 @@ def test_win_rate_counts_owned_real_coordinates_only() -> None:
 def test_a_traced_interval_is_rounded_to_a_whole_number_of_at_least_one(
     interval: float, expected: list[int]
 ) -> None:
-    """Truncated, 2.999999, which a schedule computes in place of 3, would be 2."""
+    """Truncated, 2.999999, which a schedule computes instead of 3, would be 2."""
     tx = optax.inject_hyperparams(sophia_optax.scale_by_sophia)(
         update_interval=lambda t: jnp.float32(interval) + 0 * t
     )

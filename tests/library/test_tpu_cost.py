@@ -18,10 +18,11 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import sophia_optax
 from benchmarks.lib import programs
-from examples.lm import mesh, plan
+from examples.lm import plan
 from examples.lm.__main__ import main
 from examples.lm.config import MODELS, ModelConfig
 from examples.lm.model import Transformer
+from examples.lm.run import resolve
 from tests import hlo
 
 pytest.importorskip("libtpu", reason="the TPU compiler comes with the extra 'tpu'")
@@ -188,9 +189,8 @@ def test_a_plans_flops_are_those_that_the_tpu_compiler_counts(devices: Any) -> N
     config = plan.PlanConfig(
         model="tiny", topology="v5e:2x2", batch_per_chip=4, accumulate=1, curvature_share=4
     )
-    run = plan.run_config(config, "sophia_g", chips=4)
-    device_mesh = mesh.make_mesh(plan.layout(config, 4), devices)
-    compiled = plan.lowered_step(run, device_mesh, refresh=True, unroll=True)[1].compile()
+    run = resolve(plan.run_config(config, "sophia_g", chips=4), devices=devices)
+    compiled = plan.lowered_step(run, refresh=True, unroll=True)[1].compile()
     assert plan.flops(run, refresh=True) / 4 == pytest.approx(
         compiled.cost_analysis()["flops"], rel=0.1
     )
