@@ -57,7 +57,8 @@ def test_a_size_that_does_not_divide_takes_distinct_examples_evenly(length, size
     rows = np.asarray(sophia_optax.curvature_batch(jnp.arange(length), size))
     assert rows.shape == (size,)
     distances = np.diff(rows, append=length)
-    assert rows[0] == 0 and set(distances) <= {length // size, -(-length // size)}
+    assert rows[0] == 0
+    assert set(distances) <= {length // size, -(-length // size)}
 
 
 @pytest.mark.parametrize("size", [12, 13, 24])
