@@ -41,7 +41,7 @@ def curvature_batch(batch: PyTree[Any], size: int) -> PyTree[Any]:
     """
     _checks.check_count("size", size)
     flat = jax.tree_util.tree_leaves_with_path(batch)
-    length = jnp.shape(flat[0][1])[0] if flat and jnp.ndim(flat[0][1]) else None
+    length = jnp.shape(flat[0][1])[0] if flat and jnp.ndim(flat[0][1]) else 0
     for path, leaf in flat:
         if jnp.ndim(leaf) == 0 or jnp.shape(leaf)[0] != length:
             raise ValueError(
@@ -49,7 +49,7 @@ def curvature_batch(batch: PyTree[Any], size: int) -> PyTree[Any]:
                 f"must share their first axis, and that of {_trees.name_of(flat[0][0])} is "
                 f"{length}. Pass only arrays with an axis of examples."
             )
-    size = min(size, length or 0)
+    size = min(size, length)
 
     def every(leaf: Any) -> Any:
         shards = _shards_of_first_axis(leaf)
