@@ -5,8 +5,8 @@ from typing import Any
 
 import tyro
 
-from examples.lm import compare, generate, hosts, plan, record, tune
-from examples.lm.config import CompareConfig, TrainConfig, UsageError
+from . import compare, generate, hosts, plan, record, tune
+from .config import CompareConfig, TrainConfig, UsageError
 
 COMMANDS = {
     CompareConfig: compare.compare,
@@ -17,7 +17,7 @@ COMMANDS = {
 }
 
 
-PROGRAM = "python -m examples.lm"
+PROGRAM = f"python -m {__package__}"  # of a copy of this folder, its own name
 
 
 def parse(arguments: list[str]) -> Any:

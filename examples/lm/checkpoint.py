@@ -12,9 +12,9 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from examples.lm import hosts, run_folder
-from examples.lm.config import TrainConfig, UsageError
-from examples.lm.train import TrainState
+from . import hosts, run_folder
+from .config import TrainConfig, UsageError
+from .train import TrainState
 
 DIGESTS = "digests.json"
 UNFINISHED = ".orbax-checkpoint-tmp"

@@ -9,12 +9,12 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from examples.lm import data, generate, hosts, plot, record, report, run_folder, timing
-from examples.lm.checkpoint import Checkpoints
-from examples.lm.config import CompareConfig, RunConfig, TrainConfig, for_optimizer
-from examples.lm.loop import Result, fit
-from examples.lm.run import Run, resolve
-from examples.lm.train import Trainer
+from . import data, generate, hosts, plot, record, report, run_folder, timing
+from .checkpoint import Checkpoints
+from .config import CompareConfig, RunConfig, TrainConfig, for_optimizer
+from .loop import Result, fit
+from .run import Run, resolve
+from .train import Trainer
 
 SAMPLE = 64  # tokens of held-out text that a sample begins with, and that are added
 

@@ -12,8 +12,8 @@ from typing import Any
 import grain
 import numpy as np
 
-from examples.lm import hosts, run_folder, stream, tokenizers
-from examples.lm.config import UsageError
+from . import hosts, run_folder, stream, tokenizers
+from .config import UsageError
 
 SEPARATOR = b"\0"  # between files: a byte that no source holds
 

@@ -4,8 +4,8 @@ import re
 
 import jax
 
-from examples.lm.config import ModelConfig
-from examples.lm.model import parameter_count
+from .config import ModelConfig
+from .model import parameter_count
 
 # Dense bfloat16 FLOP/s of a device by its name in JAX, from Google Cloud's pages on each TPU
 # version and NVIDIA's data sheets, without the doubling for sparse matrices.

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from examples.lm import data, record, run_folder, tokenizers
-from examples.lm.checkpoint import Checkpoints
-from examples.lm.config import MeshConfig, TrainConfig, UsageError
-from examples.lm.run import resolve
-from examples.lm.train import Trainer
+from . import data, record, run_folder, tokenizers
+from .checkpoint import Checkpoints
+from .config import MeshConfig, TrainConfig, UsageError
+from .run import resolve
+from .train import Trainer
 
 
 @dataclass(frozen=True)

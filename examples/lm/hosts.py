@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from examples.lm.config import HostConfig, UsageError
+from .config import HostConfig, UsageError
 
 # Waits for its parent to close the pipe or to die, and speaks in the second case.
 WATCHER = "import sys; sys.stdin.read() or print(sys.argv[1], file=sys.stderr)"

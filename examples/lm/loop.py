@@ -9,9 +9,9 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from examples.lm import data, flops, hosts, mesh
-from examples.lm.run import Run
-from examples.lm.train import Metrics, Trainer, TrainState
+from . import data, flops, hosts, mesh
+from .run import Run
+from .train import Metrics, Trainer, TrainState
 
 
 @dataclass

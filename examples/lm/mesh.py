@@ -10,7 +10,8 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import sophia_optax
-from examples.lm.config import MeshConfig, UsageError
+
+from .config import MeshConfig, UsageError
 
 MESH_AXES = ("data", "fsdp", "tensor")
 

@@ -10,8 +10,8 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from examples.lm.config import ModelConfig
-from examples.lm.mesh import constrain
+from .config import ModelConfig
+from .mesh import constrain
 
 
 def compute_dtype(platform: str | None = None) -> DTypeLike:

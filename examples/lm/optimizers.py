@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import optax
 
 import sophia_optax
-from examples.lm.config import Hyperparameters, TrainConfig, UsageError, lookup
+
+from .config import Hyperparameters, TrainConfig, UsageError, lookup
 
 Params = Any
 Batch = jax.Array

@@ -17,11 +17,11 @@ from jax.experimental import topologies
 from rich.console import Console
 from rich.table import Table
 
-from examples.lm import hlo, mesh
-from examples.lm.config import MODELS, MeshConfig, TrainConfig, UsageError, lookup
-from examples.lm.optimizers import OPTIMIZERS
-from examples.lm.run import Run, resolve
-from examples.lm.train import Trainer
+from . import hlo, mesh
+from .config import MODELS, MeshConfig, TrainConfig, UsageError, lookup
+from .optimizers import OPTIMIZERS
+from .run import Run, resolve
+from .train import Trainer
 
 GIB = 2**30
 

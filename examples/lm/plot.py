@@ -9,8 +9,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from examples.lm import run_folder
 from sophia_optax import plotting
+
+from . import run_folder
 
 Records = list[dict[str, float]]
 

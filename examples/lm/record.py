@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 
 import jax
 
-from examples.lm import data, hosts, run_folder
-from examples.lm.config import CompareConfig, MeshConfig, RunConfig, TrainConfig, UsageError
-from examples.lm.mesh import make_mesh
-from examples.lm.run import Run
+from . import data, hosts, run_folder
+from .config import CompareConfig, MeshConfig, RunConfig, TrainConfig, UsageError
+from .mesh import make_mesh
+from .run import Run
 
 Config = TypeVar("Config", CompareConfig, TrainConfig)
 

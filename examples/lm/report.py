@@ -14,9 +14,9 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
 
-from examples.lm import run_folder
-from examples.lm.config import UsageError
-from examples.lm.loop import Result
+from . import run_folder
+from .config import UsageError
+from .loop import Result
 
 
 def progress_bar(console: Console) -> Progress:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import jax
 from jax.sharding import Mesh
 
-from examples.lm.config import (
+from .config import (
     MODELS,
     Hyperparameters,
     ModelConfig,
@@ -16,8 +16,8 @@ from examples.lm.config import (
     check_numbers,
     lookup,
 )
-from examples.lm.mesh import batch_shards, make_mesh
-from examples.lm.optimizers import OPTIMIZERS, Optimizer, hyperparameters
+from .mesh import batch_shards, make_mesh
+from .optimizers import OPTIMIZERS, Optimizer, hyperparameters
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from typing import Any
 
 import jax
 
-from examples.lm.config import UsageError
+from .config import UsageError
 
 try:
     import fcntl

@@ -7,7 +7,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from examples.lm.config import UsageError
+from .config import UsageError
 
 COLUMN = "text"
 

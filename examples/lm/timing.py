@@ -4,8 +4,8 @@ import time
 
 import jax
 
-from examples.lm import data, mesh
-from examples.lm.train import Trainer
+from . import data, mesh
+from .train import Trainer
 
 Times = tuple[list[float], list[bool]]
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
-from examples.lm import run_folder
-from examples.lm.config import UsageError
+from . import run_folder
+from .config import UsageError
 
 PIECE = 1 << 16  # bytes of text that are tokenized as one
 PIECES = 256  # of them handed to a tokenizer at a time, which needs many times their memory

@@ -11,9 +11,10 @@ import optax
 from flax import nnx
 
 import sophia_optax
-from examples.lm import mesh, optimizers
-from examples.lm.model import Transformer, compute_dtype
-from examples.lm.run import Run
+
+from . import mesh, optimizers
+from .model import Transformer, compute_dtype
+from .run import Run
 
 Metrics = dict[str, jax.Array]
 

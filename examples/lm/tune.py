@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from examples.lm import data, run_folder
-from examples.lm.config import TrainConfig, UsageError
-from examples.lm.loop import Result, fit
-from examples.lm.run import Run, resolve
-from examples.lm.train import Trainer
+from . import data, run_folder
+from .config import TrainConfig, UsageError
+from .loop import Result, fit
+from .run import Run, resolve
+from .train import Trainer
 
 Point = dict[str, float]
 Grid = Mapping[str, tuple[float, ...]]
