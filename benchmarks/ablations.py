@@ -1,0 +1,244 @@
+"""What each part of Sophia-G in the eigenbasis is worth, and how exact its learning rate must be.
+
+    python -m benchmarks.ablations [--quick] [--parts changes rates]
+
+Both parts are in the small regime of `lm_race`, at the points that the race tuned, on its seeds and
+its `validation` split:
+
+* changes: Sophia-G in the eigenbasis with one thing changed, at the length that it was tuned for. A
+  change that alters the length of all steps also runs at smaller learning rates.
+* rates: five optimizers at multiples of their tuned learning rates, at half of that length.
+
+Runs are kept as those of `lm_race` are, in `results/ablations.jsonl`; `results/ablations.json` has
+the tables and `ablations.png` the plot. The basis is averaged from the gradients: in_eigenbasis has
+no option to take the sampled gradients of the curvature instead, so that is not among the changes.
+"""
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+import tyro
+
+import sophia_optax
+from benchmarks.entrants import ENTRANTS
+from benchmarks.lib.journal import Journal
+from benchmarks.lib.provenance import RESULTS, provenance
+from benchmarks.lib.sweep import Runs
+from benchmarks.lib.tables import NAMES
+from benchmarks.lm_race import REGIMES
+from examples.lm import data
+from examples.lm.optimizers import MUON_MATRICES, Optimizer, basis_options, matrix_axes, sophia
+from examples.lm.tune import Point
+
+REGIME = REGIMES["small"]
+CHANGED = "sophia_g_eigenbasis"
+RATED = ("adamw", "soap", "sophia_g", CHANGED, "muon_adamw")
+FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
+
+
+def tuned(entrant: str) -> Point:
+    """The point that the race found for an entrant."""
+    race = json.loads((RESULTS / "lm_race.json").read_text())
+    return race["results"]["small"][entrant]["point"]
+
+
+# --- what is changed ------------------------------------------------------------------------------
+
+
+def turned(matrices: str, embedding: str | None) -> Any:
+    """The sides that have a basis, in the blocks and in the embeddings (None: not turned)."""
+
+    def axes(path: Any, own: Any) -> sophia_optax.MatrixAxes | None:
+        name = next(key.key for key in reversed(path) if hasattr(key, "key"))
+        turn = matrices if name in MUON_MATRICES else embedding
+        return None if own is None or turn is None else own._replace(turn=turn)
+
+    def numbers(params: Any) -> Any:
+        own = matrix_axes(params)
+
+        def is_leaf(leaf: Any) -> bool:
+            return leaf is None or isinstance(leaf, sophia_optax.MatrixAxes)
+
+        return jax.tree_util.tree_map_with_path(axes, own, is_leaf=is_leaf)
+
+    return numbers
+
+
+@dataclass(frozen=True)
+class Change:
+    """One difference from the raced optimizer.
+
+    Attributes:
+      point: hyperparameters that differ from the tuned ones.
+      basis: keywords of `in_eigenbasis` that differ.
+      options: keywords of `sophia_g`.
+      slower: also run at the learning rate times each of these.
+    """
+
+    point: Mapping[str, float] = field(default_factory=dict)
+    basis: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    slower: tuple[float, ...] = ()
+
+    def row(self) -> Optimizer:
+        """The raced row with this change."""
+
+        def build(h: Any, schedule: optax.Schedule) -> optax.GradientTransformation:
+            basis = {**basis_options(h), **self.basis}
+            make = functools.partial(sophia_optax.sophia_g, eigenbasis=basis, **self.options)
+            return sophia(make, h, schedule)
+
+        return replace(ENTRANTS[CHANGED], build=build)
+
+
+CHANGES = {
+    "as raced": Change(),
+    "f = 10": Change(point={"basis_interval": 10}),
+    "f = 100": Change(point={"basis_interval": 100}),
+    "blocks of 128": Change(basis={"block_size": 128}),
+    "blocks of 64": Change(basis={"block_size": 64}),
+    "blocks of 32": Change(basis={"block_size": 32}),
+    "inputs only": Change(basis={"dimension_numbers": turned("left", "right")}),
+    "outputs only": Change(basis={"dimension_numbers": turned("right", "right")}),
+    "embeddings not turned": Change(basis={"dimension_numbers": turned("both", None)}),
+    "embeddings on both sides": Change(basis={"dimension_numbers": turned("both", "both")}),
+    "no Nesterov": Change(options={"nesterov": False}),
+    # γ |h| is below ε everywhere, so every coordinate that is not zero takes a step of η.
+    "no curvature": Change(point={"gamma": 1e-9}, slower=(0.5, 0.25)),
+    "no clip": Change(options={"clip_threshold": None}, slower=(0.5, 0.25)),
+}
+
+
+# --- the experiments ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AblationConfig:
+    """What to run.
+
+    Attributes:
+      parts: of "changes" and "rates".
+      changes: names in `CHANGES`.
+      entrants: names in `ENTRANTS`, for the learning rates.
+      seeds: of the runs.
+      quick: a few steps of each, to see that it runs; writes no results.
+      runs: the file of finished runs.
+    """
+
+    parts: tuple[str, ...] = ("changes", "rates")
+    changes: tuple[str, ...] = tuple(CHANGES)
+    entrants: tuple[str, ...] = RATED
+    seeds: tuple[int, ...] = REGIME.seeds
+    quick: bool = False
+    runs: Path = RESULTS / "ablations.jsonl"
+
+    def steps(self, part: str) -> int:
+        """Of every run of a part."""
+        return 4 if self.quick else REGIME.steps // (2 if part == "rates" else 1)
+
+
+class Study:
+    """Runs what is asked for, or reads it from the journal."""
+
+    def __init__(self, config: AblationConfig, journal: Journal, corpus: data.Corpus):
+        self.config, self.journal, self.corpus = config, journal, corpus
+        self.sweeps: dict[str, Runs] = {}
+
+    def runs(self, part: str, name: str, row: Optimizer) -> Runs:
+        """The runs of one row; they share a compilation."""
+        key = f"{part}/{name}"
+        if key not in self.sweeps:
+            run = REGIME.workload.run(row)
+            self.sweeps[key] = Runs(self.journal, self.corpus, run, part=part, name=name)
+        return self.sweeps[key]
+
+    def change(self, name: str, seed: int) -> None:
+        """The raced optimizer with one change, at each of its learning rates."""
+        change, best = CHANGES[name], tuned(CHANGED)
+        for factor in (1.0, *change.slower):
+            rate = factor * best["learning_rate"]
+            point = {**best, **change.point, "learning_rate": rate}
+            runs = self.runs("changes", name, change.row())
+            runs(point, self.config.steps("changes"), seed, "validation")
+
+    def vary_rate(self, entrant: str, seed: int) -> None:
+        """An entrant at multiples of its learning rates, Muon's own included."""
+        best = tuned(entrant)
+        for factor in FACTORS:
+            scaled = {k: factor * v for k, v in best.items() if k.endswith("learning_rate")}
+            runs = self.runs("rates", entrant, ENTRANTS[entrant])
+            runs({**best, **scaled}, self.config.steps("rates"), seed, "validation")
+
+
+def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """For each part and name: the learning rate over the tuned one, and the losses by seed."""
+    tables: dict[str, Any] = {}
+    for row in rows:
+        key = row["key"]
+        best = tuned(CHANGED if key["part"] == "changes" else key["name"])
+        factor = f"{key['learning_rate'] / best['learning_rate']:g}"
+        table = tables.setdefault(key["part"], {}).setdefault(key["name"], {})
+        table.setdefault(factor, {})[key["seed"]] = row["loss"]
+    for table in (t for part in tables.values() for t in part.values()):
+        for factor, found in table.items():
+            table[factor] = [found[seed] for seed in sorted(found)]
+    return tables
+
+
+def plot(rates: dict[str, Any], path: Path) -> None:
+    """Mean loss and range over seeds by the learning rate, over each entrant's tuned one."""
+    figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
+    for name, found in rates.items():
+        factors = sorted(found, key=float)
+        x = [float(factor) for factor in factors]
+        losses = np.array([found[factor] for factor in factors])
+        (line,) = axes.plot(x, losses.mean(axis=1), marker="o", ms=4, label=NAMES[name])
+        axes.fill_between(
+            x, losses.min(axis=1), losses.max(axis=1), color=line.get_color(), alpha=0.15
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(FACTORS, ["1/4", "1/2", "1", "2", "4"])
+    axes.set(xlabel="learning rate over the tuned one", ylabel="validation loss, nats per byte")
+    axes.grid(alpha=0.25)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(config: AblationConfig) -> None:
+    """Runs what is missing and writes the tables and the plot."""
+    if config.quick:
+        few = {"changes": ("outputs only",), "entrants": ("adamw",)}
+        config = replace(config, seeds=(0,), **few)
+    origin = provenance("benchmarks.ablations")
+    journal = Journal(None if config.quick else config.runs)
+    study = Study(config, journal, data.load("stdlib"))
+    for seed in config.seeds:
+        for name in config.changes if "changes" in config.parts else ():
+            study.change(name, seed)
+        for entrant in config.entrants if "rates" in config.parts else ():
+            study.vary_rate(entrant, seed)
+    if config.quick:
+        return
+    tables = summarize(journal.rows)
+    steps = {part: config.steps(part) for part in tables}
+    points = {name: tuned(name) for name in dict.fromkeys((CHANGED, *tables.get("rates", {})))}
+    result = {**origin, "steps": steps, "points": points, "results": tables}
+    (RESULTS / "ablations.json").write_text(json.dumps(result, indent=1) + "\n")
+    if "rates" in tables:
+        plot(tables["rates"], RESULTS / "ablations.png")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(AblationConfig))
