@@ -129,7 +129,7 @@ def layer_hessians(steps: int) -> dict[str, np.ndarray]:
 
 def plot(paths: dict[str, Any], hessians: dict[str, np.ndarray], path: Path) -> None:
     """Both ways down the valley, and both Hessians."""
-    figure, panels = plt.subplots(1, 3, figsize=(15, 4.8), layout="constrained")
+    figure, panels = plt.subplots(1, 3, figsize=(15, 5.2), layout="constrained")
     x, y = np.meshgrid(np.linspace(-2.6, 1.0, 200), np.linspace(-1.2, 2.2, 200))
     points = np.stack([x, y], axis=-1)
     losses = 0.5 * np.einsum("...i,ij,...j", points, np.asarray(VALLEY), points)
@@ -143,13 +143,13 @@ def plot(paths: dict[str, Any], hessians: dict[str, np.ndarray], path: Path) -> 
     panels[0].legend(loc="lower left")
     for axes, (name, hessian) in zip(panels[1:], hessians.items(), strict=True):
         size = np.log10(np.abs(hessian) / np.abs(hessian).max() + 1e-5)
-        axes.imshow(size, cmap="magma", vmin=-4, vmax=0)
+        axes.imshow(size, cmap="magma", vmin=-4, vmax=0, interpolation="nearest")
         axes.set(
             title=f"Hessian in {name}: {diagonal_share(hessian):.0%} on the diagonal",
             xticks=[],
             yticks=[],
         )
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
     plt.close(figure)
 
 
