@@ -1,0 +1,170 @@
+"""Which orthonormalization refreshes a basis: QR, two rounds of CholeskyQR, or Newton-Schulz.
+
+    pip install -e '.[examples,tpu]'
+    python -m benchmarks.orthonormalize [--quick]
+
+A refresh of `in_eigenbasis` makes orth(L Q) from a factor L and a basis Q that is nearly its
+eigenbasis. Here L has eigenvalues that fall by a number of decades, or is singular. Measured are:
+
+* the error, the largest entry of |QᵀQ - I|, in float32;
+* the seconds on this CPU over those of QR, a median over rounds in which all three run in turn;
+* for a TPU, compiled ahead of time without one: the seconds of the compilation over QR's, the
+  temporary memory and XLA's FLOPs. XLA counts the body of a loop once, and the programs of QR and
+  of the Cholesky factorization are loops, so `flops` has the textbook's counts as well.
+
+Writes `results/orthonormalize.json`. Without the extra `tpu` the TPU's part fails.
+"""
+
+import functools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.lib.provenance import RESULTS, provenance
+from examples.lm import plan
+
+matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+STEPS = 12  # of Newton-Schulz
+TOPOLOGY = "v5e:2x2"
+
+
+def gram(a: jax.Array) -> jax.Array:
+    """aᵀ a."""
+    return matmul(jnp.swapaxes(a, -1, -2), a)
+
+
+def qr(a: jax.Array) -> jax.Array:
+    """Householder's."""
+    return jnp.linalg.qr(a)[0]
+
+
+def cholesky_qr(a: jax.Array) -> jax.Array:
+    """a R⁻¹ with the Cholesky factor R of aᵀ a."""
+    lower = jnp.linalg.cholesky(gram(a))
+    solve = jax.lax.linalg.triangular_solve
+    return solve(lower, a, left_side=False, lower=True, transpose_a=True)
+
+
+def cholesky_qr2(a: jax.Array) -> jax.Array:
+    """Twice, as the error of one round is that of aᵀ a."""
+    return cholesky_qr(cholesky_qr(a))
+
+
+def newton_schulz(a: jax.Array) -> jax.Array:
+    """The orthogonal factor of the polar decomposition, by matrix products alone."""
+    x = a / jnp.linalg.norm(a, axis=(-2, -1), keepdims=True)
+    for _ in range(STEPS):
+        x = 1.5 * x - 0.5 * matmul(x, gram(x))
+    return x
+
+
+METHODS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "qr": qr,
+    "cholesky_qr2": cholesky_qr2,
+    "newton_schulz": newton_schulz,
+}
+# Of n x n matrices, over n³. Householder: 4/3 for R and 4/3 for Q. CholeskyQR, twice: 2 for the
+# product, 1/3 for the factor, 1 for the triangular solve. Newton-Schulz: two products a step.
+FLOPS = {"qr": 8 / 3, "cholesky_qr2": 2 * (2 + 1 / 3 + 1), "newton_schulz": 4 * STEPS}
+
+
+def problem(stack: int, size: int, decades: float, rank: float = 1.0) -> jax.Array:
+    """What a refresh orthonormalizes, `[stack, size, size]`.
+
+    Args:
+      stack: how many matrices.
+      size: of each.
+      decades: by which the eigenvalues of the factor fall.
+      rank: the share of them that is not zero.
+
+    Returns:
+      L Q for a basis Q near the eigenbasis of L, with the library's scale and shift.
+    """
+    keys = jax.random.split(jax.random.key(0))
+    axes = qr(jax.random.normal(keys[0], (stack, size, size)))
+    values = 10.0 ** (-decades * jnp.arange(size) / (size - 1))
+    values = jnp.where(jnp.arange(size) < rank * size, values, 0.0)
+    factor = matmul(axes * (values / values.sum()), jnp.swapaxes(axes, -1, -2))
+    noise = jax.random.normal(keys[1], axes.shape) / jnp.sqrt(size)
+    basis = qr(axes + 0.01 * noise)
+    return matmul(factor, basis) + 128 * jnp.finfo(jnp.float32).eps * basis
+
+
+def error(q: jax.Array) -> float | None:
+    """The largest entry of |QᵀQ - I|; None if it is not finite."""
+    found = float(jnp.abs(gram(q) - jnp.eye(q.shape[-1])).max())
+    return found if found < float("inf") else None
+
+
+def on_cpu(stack: int, size: int, rounds: int) -> dict[str, Any]:
+    """Errors on factors of several kinds, and seconds over those of QR."""
+    factors = {
+        "2 decades": problem(stack, size, 2),
+        "4 decades": problem(stack, size, 4),
+        "6 decades": problem(stack, size, 6),
+        "singular": problem(stack, size, 2, rank=0.5),
+    }
+    compiled = {name: jax.jit(method) for name, method in METHODS.items()}
+    errors = {
+        name: {kind: error(run(a)) for kind, a in factors.items()} for name, run in compiled.items()
+    }
+    ratios: dict[str, list[float]] = {name: [] for name in compiled}
+    for _ in range(rounds):
+        seconds = {}
+        for name, run in compiled.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run(factors["2 decades"]))
+            seconds[name] = time.perf_counter() - start
+        for name, own in seconds.items():
+            ratios[name].append(own / seconds["qr"])
+    over_qr = {name: statistics.median(found) for name, found in ratios.items()}
+    return {"stack": stack, "size": size, "errors": errors, "seconds_over_qr": over_qr}
+
+
+def on_tpu(stack: int, size: int) -> dict[str, Any]:
+    """What XLA makes of them for one chip; a first compilation warms up the compiler."""
+    devices, _ = plan.pod(TOPOLOGY)
+    sharding = jax.sharding.SingleDeviceSharding(devices[0])
+    a = jax.ShapeDtypeStruct((stack, size, size), jnp.float32, sharding=sharding)
+    jax.jit(jnp.negative).lower(a).compile()
+    found = {}
+    for name, method in METHODS.items():
+        lowered = jax.jit(method).lower(a)
+        start = time.perf_counter()
+        compiled: Any = lowered.compile()
+        seconds = time.perf_counter() - start
+        found[name] = {
+            "compile_seconds": round(seconds, 2),
+            "xla_flops": compiled.cost_analysis()["flops"],
+            "temp_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        }
+    for row in found.values():
+        ratio = row["compile_seconds"] / found["qr"]["compile_seconds"]
+        row["compile_seconds_over_qr"] = ratio
+    return {"stack": stack, "size": size, "methods": found}
+
+
+def main() -> None:
+    """Measures and writes the results; with `--quick`, in small and only for the CPU."""
+    if "--quick" in sys.argv[1:]:
+        print(json.dumps(on_cpu(2, 16, 2)))
+        return
+    # A cached program would compile in no time.
+    jax.config.update("jax_enable_compilation_cache", False)
+    result = provenance("benchmarks.orthonormalize")
+    result["versions"]["libtpu"] = version("libtpu")
+    result["flops_over_cube"] = FLOPS
+    result["cpu"] = [on_cpu(16, 64, 15), on_cpu(8, 256, 9), on_cpu(2, 768, 5)]
+    result["tpu"] = {"topology": TOPOLOGY, "rows": [on_tpu(36, 256), on_tpu(12, 768)]}
+    (RESULTS / "orthonormalize.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
