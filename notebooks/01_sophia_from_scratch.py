@@ -300,6 +300,61 @@ for name, tx in {"clipped": one_sophia, "not clipped": no_clip}.items():
     print(f"{name:12}", *(f"{theta[0]:9.3g}" for theta in trajectory(tx, loss_fn, start, 4)))
 
 # %% [markdown]
+# ## Turn the axes
+#
+# On the landscape above, the sharp and the flat direction lie along the coordinates. Across them, a
+# diagonal says little. Here is a quadratic with curvatures 100 and 1 whose valley is turned by 0.6
+# radians; the two numbers are a matrix of 1 x 2. Every entry of its diagonal is dominated by the
+# sharp direction:
+
+# %%
+turn = np.array([[np.cos(0.6), -np.sin(0.6)], [np.sin(0.6), np.cos(0.6)]])
+hessian = jnp.array(turn @ np.diag([1.0, 100.0]) @ turn.T, jnp.float32)
+
+
+def valley_fn(w):
+    return 0.5 * jnp.sum((w @ hessian) * w)
+
+
+print("the Hessian:", *hessian, sep="\n")
+
+# %% [markdown]
+# With `eigenbasis=True`, each matrix takes its steps in the eigenvectors of its gradients' second
+# moments. This is the library's and not the paper's. Here they turn into the axes of the valley.
+# Hutchinson's estimator works in the turned coordinates, and the call stays the same.
+# `basis_interval` is how often the basis is refreshed; the default is every tenth step.
+
+# %%
+quiet = {"b1": 0.0, "gamma": 1.0, "update_interval": 1, "weight_decay": 0.0}
+ways = {
+    "coordinate-wise": sophia_optax.sophia_h(0.1, **quiet),
+    "in the eigenbasis": sophia_optax.sophia_h(0.1, eigenbasis={"basis_interval": 1}, **quiet),
+}
+far = jnp.array([[-2.0, 1.5]])
+ways = {name: trajectory(tx, valley_fn, far, 60) for name, tx in ways.items()}
+
+figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+x, y = np.meshgrid(np.linspace(-2.4, 1.2, 200), np.linspace(-1.0, 1.8, 200))
+levels = 0.5 * jnp.einsum("...i,ij,...j", jnp.stack([x, y], -1), hessian, jnp.stack([x, y], -1))
+left.contour(x, y, levels, levels=np.geomspace(0.1, 500, 12), colors="0.8", linewidths=1)
+for name, path in ways.items():
+    left.plot(*np.array(path)[:, 0].T, ".-", label=name, linewidth=1.5)
+    right.plot([valley_fn(w) for w in path], label=name, linewidth=2)
+left.plot(0, 0, "k*", markersize=14)
+left.set(title="where they go")
+right.set(xlabel="step", ylabel="loss", yscale="log", title="how fast")
+left.legend(loc="lower left")
+plt.show()
+
+for name, path in ways.items():
+    print(f"{name:17} after 60 steps: loss {valley_fn(path[-1]):.1e}")
+
+# %% [markdown]
+# The coordinate-wise steps are faster down the slope. In the valley each of their two coordinates
+# is divided by the sharp curvature, and they nearly stop. In the eigenbasis only the sharp
+# direction is. [The page on the eigenbasis](../docs/concepts/eigenbasis.md) has the algorithm, and
+# the Hessian of a layer in both bases.
+#
 # ## Read the win rate
 #
 # The **win rate** is the share of coordinates that are *not* clipped. `diagnostics` reads it from
