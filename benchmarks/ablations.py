@@ -3,7 +3,7 @@
     python -m benchmarks.ablations [--quick] [--parts changes rates]
 
 Both parts are in the small regime of `lm_race`, at the points that the race tuned, on its seeds and
-its `validation` split:
+its `validation` split. The race's own runs are what they are compared with:
 
 * changes: Sophia-G in the eigenbasis with one thing changed, at the length that it was tuned for. A
   change that alters the length of all steps also runs at smaller learning rates.
@@ -38,19 +38,25 @@ from benchmarks.lib.sweep import Runs
 from benchmarks.lib.tables import NAMES
 from benchmarks.lm_race import REGIMES
 from examples.lm import data
+from examples.lm.model import parameter_count
 from examples.lm.optimizers import MUON_MATRICES, Optimizer, basis_options, matrix_axes, sophia
 from examples.lm.tune import Point
 
 REGIME = REGIMES["small"]
 CHANGED = "sophia_g_eigenbasis"
 RATED = ("adamw", "soap", "sophia_g", CHANGED, "muon_adamw")
-FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
+FACTORS = (0.25, 0.5, 2.0, 4.0)
+
+
+@functools.cache
+def raced(entrant: str) -> dict[str, Any]:
+    """What the race found for an entrant: its point, and its losses by steps and seed."""
+    return json.loads((RESULTS / "lm_race.json").read_text())["results"]["small"][entrant]
 
 
 def tuned(entrant: str) -> Point:
     """The point that the race found for an entrant."""
-    race = json.loads((RESULTS / "lm_race.json").read_text())
-    return race["results"]["small"][entrant]["point"]
+    return raced(entrant)["point"]
 
 
 # --- what is changed ------------------------------------------------------------------------------
@@ -103,7 +109,6 @@ class Change:
 
 
 CHANGES = {
-    "as raced": Change(),
     "f = 10": Change(point={"basis_interval": 10}),
     "f = 100": Change(point={"basis_interval": 100}),
     "blocks of 128": Change(basis={"block_size": 128}),
@@ -182,7 +187,7 @@ class Study:
 
 
 def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """For each part and name: the learning rate over the tuned one, and the losses by seed."""
+    """The losses of each part and name, by the learning rate over the tuned one and by seed."""
     tables: dict[str, Any] = {}
     for row in rows:
         key = row["key"]
@@ -190,25 +195,32 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
         factor = f"{key['learning_rate'] / best['learning_rate']:g}"
         table = tables.setdefault(key["part"], {}).setdefault(key["name"], {})
         table.setdefault(factor, {})[key["seed"]] = row["loss"]
-    for table in (t for part in tables.values() for t in part.values()):
-        for factor, found in table.items():
-            table[factor] = [found[seed] for seed in sorted(found)]
     return tables
+
+
+def with_race(rates: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Adds the race's runs at the tuned rates, and leaves out seeds that a rate does not have."""
+    for name, table in rates.items():
+        table["1"] = dict(enumerate(raced(name)["losses"][str(steps)]))
+        common = set.intersection(*(set(losses) for losses in table.values()))
+        rates[name] = {
+            factor: {seed: table[factor][seed] for seed in sorted(common)}
+            for factor in sorted(table, key=float)
+        }
+    return rates
 
 
 def plot(rates: dict[str, Any], path: Path) -> None:
     """Mean loss and range over seeds by the learning rate, over each entrant's tuned one."""
     figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
     for name, found in rates.items():
-        factors = sorted(found, key=float)
-        x = [float(factor) for factor in factors]
-        losses = np.array([found[factor] for factor in factors])
+        x = [float(factor) for factor in found]
+        losses = np.array([list(by_seed.values()) for by_seed in found.values()])
         (line,) = axes.plot(x, losses.mean(axis=1), marker="o", ms=4, label=NAMES[name])
-        axes.fill_between(
-            x, losses.min(axis=1), losses.max(axis=1), color=line.get_color(), alpha=0.15
-        )
+        bounds = losses.min(axis=1), losses.max(axis=1)
+        axes.fill_between(x, *bounds, color=line.get_color(), alpha=0.15)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(FACTORS, ["1/4", "1/2", "1", "2", "4"])
+    axes.set_xticks([0.25, 0.5, 1, 2, 4], ["1/4", "1/2", "1", "2", "4"])
     axes.set(xlabel="learning rate over the tuned one", ylabel="validation loss, nats per byte")
     axes.grid(alpha=0.25)
     axes.legend()
@@ -233,11 +245,17 @@ def main(config: AblationConfig) -> None:
         return
     tables = summarize(journal.rows)
     steps = {part: config.steps(part) for part in tables}
-    points = {name: tuned(name) for name in dict.fromkeys((CHANGED, *tables.get("rates", {})))}
-    result = {**origin, "steps": steps, "points": points, "results": tables}
-    (RESULTS / "ablations.json").write_text(json.dumps(result, indent=1) + "\n")
+    result = {
+        **origin,
+        "parameters": parameter_count(REGIME.workload.run("adamw").model),
+        "steps": steps,
+        "results": tables,
+    }
+    if "changes" in tables:
+        result["raced"] = raced(CHANGED)["losses"][str(steps["changes"])]
     if "rates" in tables:
-        plot(tables["rates"], RESULTS / "ablations.png")
+        plot(with_race(tables["rates"], steps["rates"]), RESULTS / "ablations.png")
+    (RESULTS / "ablations.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
