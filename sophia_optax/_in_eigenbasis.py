@@ -187,7 +187,7 @@ def in_eigenbasis(
         inner_state = state.inner
 
         def refreshed() -> tuple[tuple[Basis, ...], list[Array]]:
-            new = tuple(v.refreshed(b) for v, b in zip(turned.views, bases, strict=True))
+            new = _eigenbasis.refreshed(bases)
             momenta = turned.momenta(inner_state)
             return new, [turned.change(leaf, bases, new) for leaf in momenta]
 
