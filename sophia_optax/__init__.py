@@ -25,11 +25,11 @@ from sophia_optax._diagnostics import diagnostics as diagnostics
 from sophia_optax._gauss_newton_bartlett import gauss_newton_bartlett as gauss_newton_bartlett
 from sophia_optax._hutchinson import hutchinson as hutchinson
 from sophia_optax._in_eigenbasis import InEigenbasisState as InEigenbasisState
-from sophia_optax._in_eigenbasis import MatrixAxes as MatrixAxes
 from sophia_optax._in_eigenbasis import in_eigenbasis as in_eigenbasis
 from sophia_optax._likelihoods import bernoulli as bernoulli
 from sophia_optax._likelihoods import categorical as categorical
 from sophia_optax._likelihoods import gaussian as gaussian
+from sophia_optax._matrix_axes import MatrixAxes as MatrixAxes
 from sophia_optax._scale_by_sophia import ScaleBySophiaState as ScaleBySophiaState
 from sophia_optax._scale_by_sophia import scale_by_sophia as scale_by_sophia
 from sophia_optax._types import Coordinates as Coordinates

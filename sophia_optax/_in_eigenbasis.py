@@ -27,7 +27,7 @@ from the authors' SOAP:
 
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -36,32 +36,11 @@ from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
 from sophia_optax import _arrays, _checks, _eigenbasis, _trees
 from sophia_optax._eigenbasis import Basis, MatrixView
+from sophia_optax._matrix_axes import DimensionNumbers, matrix_views
 from sophia_optax._types import Coordinates, HessianFn, Params, Scalar
 
 MOMENTUM_NAMES = ("mu", "trace")
 """What an inner state calls a momentum, which turns with the basis."""
-
-
-class MatrixAxes(NamedTuple):
-    """Which axes of a parameter make up the sides of a matrix, and which sides have a basis.
-
-    `optax.contrib.MuonDimensionNumbers` is taken as well, with both sides turned.
-
-    Attributes:
-      left: axes of the rows.
-      right: axes of the columns. The remaining axes are stacked: a matrix each.
-      turn: which sides have a basis. For an embedding `[vocabulary, features]`, "right" leaves the
-        vocabulary in its own axes.
-    """
-
-    left: int | tuple[int, ...] = -2
-    right: int | tuple[int, ...] = -1
-    turn: Literal["both", "left", "right"] = "both"
-
-
-DimensionNumbers: TypeAlias = Any
-"""A pytree like the params of `MatrixAxes`, `optax.contrib.MuonDimensionNumbers` or None (not
-turned), or a callable from params to one."""
 
 
 class InEigenbasisState(NamedTuple):
@@ -153,7 +132,7 @@ def in_eigenbasis(
     inner = optax.with_extra_args_support(inner)
 
     def views_of(params: Params) -> list[MatrixView | None]:
-        return _views(params, dimension_numbers, max_size, block_size)
+        return matrix_views(params, dimension_numbers, max_size, block_size)
 
     def init(params: Params) -> InEigenbasisState:
         turned = [
@@ -390,62 +369,6 @@ def _in_coordinates(hessian_fn: HessianFn, coordinates: Coordinates) -> HessianF
         return cast(Any, hessian_fn)(key, coordinates=coordinates)
 
     return estimate
-
-
-def _views(
-    params: Params, dimension_numbers: DimensionNumbers, max_size: int, block_size: int | None
-) -> list[MatrixView | None]:
-    """How each leaf is read as matrices; None for a leaf that stays in its own axes.
-
-    Args:
-      params: the params, or a tree like them.
-      dimension_numbers: as in `in_eigenbasis`.
-      max_size: the longest side that is turned.
-      block_size: the largest block.
-
-    Returns:
-      A view for each leaf.
-
-    Raises:
-      ValueError: if dimension numbers do not fit the params.
-    """
-    flat, treedef = jax.tree_util.tree_flatten_with_path(params)
-    if dimension_numbers is None:
-        axes = [MatrixAxes() if jnp.ndim(leaf) >= 2 else None for _, leaf in flat]
-    else:
-        tree = dimension_numbers(params) if callable(dimension_numbers) else dimension_numbers
-        try:
-            axes = treedef.flatten_up_to(tree)
-        except ValueError as error:
-            raise ValueError(
-                f"dimension_numbers do not have the structure of the params: {error}. Pass a tree "
-                "with MatrixAxes or None for each parameter, or a function that makes it."
-            ) from error
-
-    def view(path: Any, leaf: Any, own: Any) -> MatrixView | None:
-        if own is None or not _arrays.is_inexact(leaf):
-            return None
-        if isinstance(own, optax.contrib.MuonDimensionNumbers):
-            own = MatrixAxes(cast(Any, own.reduction_axis), cast(Any, own.output_axis))
-        left, right = ((a,) if isinstance(a, int) else tuple(a) for a in own[:2])
-        ndim = jnp.ndim(leaf)
-        axes = [axis % ndim if -ndim <= axis < ndim else ndim for axis in (*left, *right)]
-        if ndim in axes or len(set(axes)) < len(axes):
-            raise ValueError(
-                f"The dimension numbers of {_trees.name_of(path)} are {own}, which do not fit its "
-                f"shape {jnp.shape(leaf)}. Name each axis at most once, from {-ndim} to {ndim - 1}."
-            )
-        _checks.check_choice("turn", own.turn, ("both", "left", "right"))
-        return _eigenbasis.matrix_view(
-            jnp.shape(leaf),
-            left,
-            right,
-            turns=(own.turn != "right", own.turn != "left"),
-            max_size=max_size,
-            block_size=block_size,
-        )
-
-    return [view(path, leaf, own) for (path, leaf), own in zip(flat, axes, strict=True)]
 
 
 def _check_refresh_basis(refresh_basis: bool | None) -> None:
