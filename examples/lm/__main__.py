@@ -6,14 +6,14 @@ from typing import Any
 import tyro
 
 from . import compare, generate, hosts, plan, record, tune
-from .config import CompareConfig, TrainConfig, UsageError
+from .config import CompareConfig, TrainConfig, TuneConfig, UsageError
 
 COMMANDS = {
     CompareConfig: compare.compare,
     TrainConfig: compare.train,
     generate.GenerateConfig: generate.generate,
     plan.PlanConfig: plan.plan,
-    tune.TuneConfig: tune.tune,
+    TuneConfig: tune.tune,
 }
 
 
@@ -28,7 +28,7 @@ def parse(arguments: list[str]) -> Any:
             "train": TrainConfig,
             "generate": generate.GenerateConfig,
             "plan": plan.PlanConfig,
-            "tune": tune.TuneConfig,
+            "tune": TuneConfig,
         },
         args=arguments,
         prog=PROGRAM,

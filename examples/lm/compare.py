@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import shlex
 import sys
 from pathlib import Path
 
@@ -11,9 +10,9 @@ from rich.console import Console
 
 from . import data, generate, hosts, plot, record, report, run_folder, timing
 from .checkpoint import Checkpoints
-from .config import CompareConfig, RunConfig, TrainConfig, for_optimizer
+from .config import CompareConfig, LoopConfig, TrainConfig, for_optimizer
 from .loop import Result, fit
-from .run import Run, resolve
+from .run import Run
 from .train import Trainer
 
 SAMPLE = 64  # tokens of held-out text that a sample begins with, and that are added
@@ -30,35 +29,13 @@ def train(config: TrainConfig) -> None:
     train_and_report(config, {config.optimizer: config}, "train")
 
 
-def train_and_report(config: RunConfig, configs: dict[str, TrainConfig], command: str) -> None:
+def train_and_report(config: LoopConfig, configs: dict[str, TrainConfig], command: str) -> None:
     """Trains the runs one after another and reports on them together."""
-    hosts.join(config.hosts)
-    folder = run_folder.existing(config.out) if config.resume else None
-    if folder is not None:
-        configs = {name: record.on_these_devices(folder, c) for name, c in configs.items()}
-    runs = {name: resolve(of_run) for name, of_run in configs.items()}
-    kept = None if folder is None else folder / run_folder.TOKENIZER
-    corpus = data.load(config.data, config.tokenizer, kept)
-    runs = {name: run.with_vocabulary(corpus.vocab_size) for name, run in runs.items()}
-    data.check_length(corpus, next(iter(runs.values())).model.context)
-    if folder is None:
-        folder = run_folder.new(config.out, command)
-    # A terminal narrower than the table would cut numbers off; a file has no width at all.
-    width = None if sys.stdout.isatty() else 100
-    console = Console(width=width, quiet=jax.process_index() != 0, soft_wrap=True)
-    again = continuation(command, folder)
-    with (
-        run_folder.writer(folder, resume=config.resume),
-        hosts.message_on_abort(
-            "Stopped: this process or another one of the run died; the lines above say which. "
-            f"Start all of them again: {again}"
-        ),
-    ):
-        if config.resume:
-            record.check_same_run(folder, config, runs)
-            record.check_same_text(folder, corpus)
-        else:
-            record.write(folder, config, runs, corpus)
+    report.check_wandb(config.wandb)
+    with record.started(config, configs, command) as (folder, runs, corpus, again):
+        # A terminal narrower than the table would cut numbers off; a file has no width at all.
+        width = None if sys.stdout.isatty() else 100
+        console = Console(width=width, quiet=jax.process_index() != 0, soft_wrap=True)
         describe(console, config, runs, corpus, folder)
         results = train_all(console, runs, corpus, folder)
         stopped = [r for r in results.values() if r.steps < config.steps and r.diverged is None]
@@ -68,15 +45,9 @@ def train_and_report(config: RunConfig, configs: dict[str, TrainConfig], command
             finish(console, config, runs, results, corpus, folder)
 
 
-def continuation(command: str, folder: Path) -> str:
-    """The command that goes on with a run."""
-    hosts_too = " --hosts.* as before" if jax.process_count() > 1 else ""
-    return f"python -m {__package__} {command} --resume --out {shlex.quote(str(folder))}{hosts_too}"
-
-
 def describe(
     console: Console,
-    config: RunConfig,
+    config: LoopConfig,
     runs: dict[str, Run],
     corpus: data.Corpus,
     folder: Path,
@@ -107,12 +78,19 @@ def train_all(
         for name, run in runs.items():
             alone = len(runs) == 1
             store = Checkpoints(folder, run.config, run="" if alone else name)
-            log = report.tracker(
-                progress, name, run.config.steps, folder / run_folder.METRICS, closing
-            )
+            log = report.tracker(progress, name, run.config, folder / run_folder.METRICS, closing)
             trainers[name] = Trainer(run)
-            with contextlib.closing(store):
-                result = fit(run, corpus, trainer=trainers[name], log=log, store=store, stop=stop)
+            profile = report.Profiler(folder / "profile" / name, run.config.profile)
+            with contextlib.closing(store), contextlib.closing(profile):
+                result = fit(
+                    run,
+                    corpus,
+                    trainer=trainers[name],
+                    log=log,
+                    store=store,
+                    stop=stop,
+                    profile=profile,
+                )
             results[name] = result
             if result.diverged is None and result.steps < run.config.steps:
                 return results
@@ -124,7 +102,7 @@ def train_all(
 
 def finish(
     console: Console,
-    config: RunConfig,
+    config: LoopConfig,
     runs: dict[str, Run],
     results: dict[str, Result],
     corpus: data.Corpus,

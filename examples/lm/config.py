@@ -31,8 +31,12 @@ class ModelConfig:
     init_scale: float = 0.02
 
 
+# "10m" has the sizes of nanoGPT's character model. Initial weights shrink as 1 / sqrt(width).
 MODELS = {
     "tiny": ModelConfig(layers=2, width=64, heads=4, context=128, init_scale=0.06),
+    "1m": ModelConfig(layers=5, width=128, heads=4, context=256, init_scale=0.05),
+    "10m": ModelConfig(layers=6, width=384, heads=6, context=256, init_scale=0.028),
+    "30m": ModelConfig(layers=6, width=640, heads=10, context=512, init_scale=0.022),
     "gpt2-124m": ModelConfig(layers=12, width=768, heads=12, context=1024, vocab_size=50257),
     "gpt2-355m": ModelConfig(layers=24, width=1024, heads=16, context=1024, vocab_size=50257),
     "gpt2-774m": ModelConfig(layers=36, width=1280, heads=20, context=1024, vocab_size=50257),
@@ -105,10 +109,16 @@ class Hyperparameters:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One training run, but for the optimizer.
+    """What is trained, and on what: the settings that all commands share.
 
     Attributes:
       model: a name in `MODELS`.
+      layers: transformer blocks; the model's own number if left out, as the three below.
+      width: features of the residual stream.
+      heads: attention heads; they divide the width.
+      context: the longest sequence, in tokens.
+      dropout: the share of the features that training sets to 0, after the embedding and in each
+        block; curvature and validation use all of them.
       data: where the text comes from: "stdlib", the sources of the running Python's library;
         "packages", those and the sources of what is installed; "text:PATTERN", files;
         "bin:FOLDER", nanoGPT's train.bin and val.bin; "hf:NAME" or "hf:NAME:CONFIG", a Hugging
@@ -123,20 +133,19 @@ class RunConfig:
       remat: recompute each block's activations in the backward pass, to save memory.
       attention: XLA's own, or cuDNN's fused kernel, which Hutchinson's estimator goes around.
       mesh: the devices' layout.
-      hosts: the processes, where there are several.
-      seed: of the params and of the order of the data.
-      eval_interval: steps from one validation to the next.
+      seed: of the params, the order of the data and dropout.
       eval_batches: batches in a validation.
-      log_interval: steps from one logged line to the next.
       out: where results go; runs/<time>-<command> if left out.
-      resume: continue the run in `out` at its newest checkpoint, with its settings.
-      save_interval: steps from one checkpoint to the next.
-      keep: how many checkpoints are kept.
-      on_save_error: what to do when a checkpoint cannot be written, as on a full disk.
+      resume: continue what is in `out`, with its settings.
       stop_on_nan: end a run whose loss or gradient is not finite, without another checkpoint.
     """
 
     model: str = "tiny"
+    layers: int | None = None
+    width: int | None = None
+    heads: int | None = None
+    context: int | None = None
+    dropout: float = 0.0
     data: str = "stdlib"
     tokenizer: str = "bytes"
     steps: int = 1500
@@ -147,21 +156,41 @@ class RunConfig:
     remat: bool = False
     attention: Literal["xla", "cudnn"] = "xla"
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    hosts: HostConfig = field(default_factory=HostConfig)
     seed: int = 0
-    eval_interval: int = 100
     eval_batches: int = 16
-    log_interval: int = 10
     out: str | None = None
     resume: bool = False
-    save_interval: int = 500
-    keep: int = 3
-    on_save_error: Literal["continue", "stop"] = "continue"
     stop_on_nan: bool = True
 
 
 @dataclass(frozen=True)
-class TrainConfig(RunConfig, Hyperparameters):
+class LoopConfig(RunConfig):
+    """What happens around the steps: processes, validations, logs, checkpoints.
+
+    Attributes:
+      hosts: the processes, where there are several.
+      eval_interval: steps from one validation to the next.
+      log_interval: steps from one logged line to the next.
+      save_interval: steps from one checkpoint to the next.
+      keep: how many checkpoints are kept.
+      on_save_error: what to do when a checkpoint cannot be written, as on a full disk.
+      profile: steps that JAX's profiler records, for TensorBoard and Perfetto; 10 hold one
+        curvature estimate.
+      wandb: the project of Weights & Biases that the lines are sent to as well.
+    """
+
+    hosts: HostConfig = field(default_factory=HostConfig)
+    eval_interval: int = 100
+    log_interval: int = 10
+    save_interval: int = 500
+    keep: int = 3
+    on_save_error: Literal["continue", "stop"] = "continue"
+    profile: int = 0
+    wandb: str | None = None
+
+
+@dataclass(frozen=True)
+class TrainConfig(LoopConfig, Hyperparameters):
     """One training run with one optimizer.
 
     Attributes:
@@ -172,7 +201,7 @@ class TrainConfig(RunConfig, Hyperparameters):
 
 
 @dataclass(frozen=True)
-class CompareConfig(RunConfig):
+class CompareConfig(LoopConfig):
     """The same run once for each optimizer, on the same batches.
 
     Attributes:
@@ -180,6 +209,23 @@ class CompareConfig(RunConfig):
     """
 
     optimizers: tuple[str, ...] = ("adamw", "sophia_g", "sophia_h", "sophia_g_eigenbasis")
+
+
+@dataclass(frozen=True)
+class TuneConfig(RunConfig):
+    """The same number of tries for each optimizer, each a short run.
+
+    Attributes:
+      optimizers: names in `optimizers.OPTIMIZERS` that have a grid.
+      tries: for each optimizer.
+      steps: of each try.
+      seed: of the params and the batches; comparisons use others.
+    """
+
+    optimizers: tuple[str, ...] = ("adamw", "sophia_g", "sophia_h")
+    tries: int = 16
+    steps: int = 500
+    seed: int = 1000
 
 
 def lookup(table: dict[str, Any], name: str, kind: str) -> Any:
@@ -191,6 +237,13 @@ def lookup(table: dict[str, Any], name: str, kind: str) -> Any:
 
 # What a number has to be: the smallest value, whether that itself is allowed, the largest (not).
 RANGES: dict[str, tuple[float, bool, float]] = {
+    "layers": (1, True, math.inf),
+    "width": (1, True, math.inf),
+    "heads": (1, True, math.inf),
+    "context": (1, True, math.inf),
+    "dropout": (0, True, 1),
+    "profile": (0, True, math.inf),
+    "tries": (1, True, math.inf),
     "steps": (1, True, math.inf),
     "batch_size": (1, True, math.inf),
     "accumulate": (1, True, math.inf),
@@ -226,7 +279,22 @@ def check_numbers(config: Any) -> None:
         raise UsageError(f"{flag} is {value}. It has to be {bound}.")
 
 
-def for_optimizer(config: CompareConfig, optimizer: str) -> TrainConfig:
-    """One of the runs that a comparison is made of."""
-    shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(RunConfig)}
+def for_optimizer(config: CompareConfig | TuneConfig, optimizer: str) -> TrainConfig:
+    """One of the runs that a comparison or a search is made of."""
+    names = {f.name for f in dataclasses.fields(TrainConfig)}
+    shared = {name: value for name, value in vars(config).items() if name in names}
     return TrainConfig(**shared, optimizer=optimizer)
+
+
+def model_of(config: RunConfig) -> ModelConfig:
+    """The model that `--model` names, with the sizes that were given."""
+    preset = lookup(MODELS, config.model, "model")
+    names = ("layers", "width", "heads", "context")
+    sizes = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    model = dataclasses.replace(preset, **sizes)
+    if model.width % model.heads:
+        raise UsageError(
+            f"--heads {model.heads} does not divide --width {model.width}. Choose a divisor."
+        )
+    scale = preset.init_scale * (preset.width / model.width) ** 0.5
+    return dataclasses.replace(model, init_scale=scale)

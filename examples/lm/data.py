@@ -38,7 +38,8 @@ class Corpus:
     """One-dimensional arrays of tokens, and how many different tokens there may be.
 
     Where the training text is a stream, `train` is its beginning, and `windows`, from (context,
-    process, processes), is all of it. The tokenizer of token files is not known.
+    process, processes), is all of it. The tokenizer of token files is known if they have a
+    meta.pkl.
     """
 
     train: np.ndarray
@@ -115,8 +116,13 @@ def text_files(pattern: str) -> dict[str, bytes]:
     return by_file([path.as_posix() for path in paths], texts)
 
 
-def token_files(folder: str) -> Corpus:
-    """nanoGPT's train.bin and val.bin, uint16, never read into memory as a whole."""
+def token_files(folder: str, kept: Path | None = None) -> Corpus:
+    """nanoGPT's train.bin and val.bin, uint16, never read into memory as a whole.
+
+    Their tokens are the characters of a meta.pkl, or GPT-2's.
+    """
+    codec = tokenizers.of_token_files(Path(folder), kept)
+    size = GPT2_VOCABULARY if codec is None else codec.size
     arrays = {}
     for name in ("train", "val"):
         path = Path(folder) / f"{name}.bin"
@@ -129,9 +135,10 @@ def token_files(folder: str) -> Corpus:
             )
         with run_folder.reading(path):
             arrays[name] = np.memmap(path, np.uint16, mode="r")
-        check_ids(path, arrays[name], GPT2_VOCABULARY)
+        check_ids(path, arrays[name], size)
     half = len(arrays["val"]) // 2
-    return Corpus(arrays["train"], arrays["val"][:half], arrays["val"][half:], GPT2_VOCABULARY)
+    val = arrays["val"]
+    return Corpus(arrays["train"], val[:half], val[half:], vocab_size=size, codec=codec)
 
 
 def check_ids(path: Path, tokens: np.ndarray, size: int) -> None:
@@ -141,7 +148,8 @@ def check_ids(path: Path, tokens: np.ndarray, size: int) -> None:
             at = int(np.argmax(block >= size))
             raise UsageError(
                 f"{path} holds the token {block[at]} at position {start + at}, and the vocabulary "
-                f"has {size}. Write it with GPT-2's tokenizer, as nanoGPT does."
+                f"has {size}. Write it as nanoGPT does: with GPT-2's tokenizer, or together with a "
+                "meta.pkl."
             )
 
 
@@ -212,7 +220,7 @@ def load(name: str, tokenizer: str = "bytes", kept: Path | None = None) -> Corpu
     """The corpus that `--data` and `--tokenizer` name, with the tokenizer that a run has kept."""
     kind, _, place = name.partition(":")
     if kind == "bin":
-        return token_files(place)
+        return token_files(place, kept)
     texts = texts_of(name)
     codec = tokenizers.find(tokenizer, lambda: texts["train"], kept)
     splits = {split: codec.encode(text) for split, text in texts.items()}
@@ -272,7 +280,8 @@ def batches(
     iterator's `get_state` and `set_state` continue a run at its very next batch.
     """
     windows = grain.MapDataset.source(TokenWindows(tokens, context)).seed(seed).shuffle().repeat()
-    rows = windows.batch(batch_size // processes)
+    # There is no remainder, but batches of one with it would be one too many for Python to count.
+    rows = windows.batch(batch_size // processes, drop_remainder=True)
     return iter(rows[process::processes].to_iter_dataset())
 
 
@@ -303,7 +312,10 @@ def bigram_loss(corpus: Corpus, tokens: np.ndarray) -> float | None:
     if corpus.vocab_size > 1024:
         return None  # pairs of many tokens are too rare to count
     size = corpus.vocab_size
-    counts = np.ones((size, size))
-    np.add.at(counts, (corpus.train[:-1], corpus.train[1:]), 1)
+    counts = np.ones(size * size)
+    for start in range(0, len(corpus.train) - 1, BLOCK):
+        block = corpus.train[start : start + BLOCK + 1].astype(np.int64)
+        counts += np.bincount(block[:-1] * size + block[1:], minlength=size * size)
+    counts = counts.reshape(size, size)
     log_probs = np.log(counts / counts.sum(axis=1, keepdims=True))
     return float(-log_probs[tokens[:-1], tokens[1:]].mean())

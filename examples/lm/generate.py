@@ -88,13 +88,20 @@ def generate(config: GenerateConfig) -> None:
     if config.temperature <= 0 or config.tokens < 1 or not config.prompt:
         raise UsageError("--temperature and --tokens have to be positive, and --prompt not empty.")
     run = record.stored(TrainConfig, config.out)
-    if run.data.startswith("bin:"):
-        raise UsageError("A run on token files does not know their tokenizer; nothing to print.")
-    codec = tokenizers.find(
-        run.tokenizer,
-        lambda: data.texts_of(run.data)["train"],  # of a run that kept no tokenizer
-        Path(config.out) / run_folder.TOKENIZER,
-    )
+    kept = Path(config.out) / run_folder.TOKENIZER
+    kind, _, place = run.data.partition(":")
+    if kind == "bin":
+        codec = tokenizers.of_token_files(Path(place), kept)
+    else:
+        codec = tokenizers.find(
+            run.tokenizer,
+            lambda: data.texts_of(run.data)["train"],  # of a run that kept no tokenizer
+            kept,
+        )
+    if codec is None:
+        raise UsageError(
+            f"{run.data} had no meta.pkl when the run began, so that its tokens cannot be printed."
+        )
     text = text_after(config.prompt.encode(), run, codec, config)
     if text is None:
         raise UsageError(f"{config.out} holds no checkpoint yet. Wait for the run's first one.")

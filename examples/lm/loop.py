@@ -61,6 +61,14 @@ class Result:
         return plain, float(np.median(seconds[refreshed])) if refreshed.any() else plain
 
 
+class Profile(Protocol):
+    """What records some of the steps: `report.Profiler`, or nothing."""
+
+    def before(self, taken: int) -> None:
+        """Called before each step, with the number that this process has taken."""
+        ...
+
+
 class Store(Protocol):
     """Where a run is kept: `checkpoint.Checkpoints`, or nowhere."""
 
@@ -86,6 +94,7 @@ def fit(
     log: Callable[[dict[str, float]], None] = lambda record: None,
     store: Store | None = None,
     stop: Callable[[int], bool] | None = None,
+    profile: Profile | None = None,
 ) -> Result:
     """Trains one model and validates it on the way.
 
@@ -98,6 +107,7 @@ def fit(
       store: where the state is saved to, and resumed from with `--resume`.
       stop: asked after each step, with the number of steps so far; once true, the state is saved
         and the run ends.
+      profile: asked before each step.
 
     Returns:
       Losses and times.
@@ -167,8 +177,11 @@ def fit(
     late: Metrics | None = None
     clock = time.perf_counter()
     for step in range(start, config.steps):
+        if profile:
+            profile.before(step - start)
         batch = mesh.global_batch(next(batches), run.mesh)
-        state, metrics = trainer.step(state, batch, step)
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            state, metrics = trainer.step(state, batch, step)
         if late is not None:
             report(step - 1, late, clock)
             clock = time.perf_counter()

@@ -30,6 +30,14 @@ def constant(fill: float, **axes: int) -> nnx.Param:
     return nnx.Param(jnp.full(tuple(axes.values()), fill, jnp.float32), axes=tuple(axes))
 
 
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Sets a share of the features to 0 and scales the others up; without a key, x."""
+    if key is None or rate == 0.0:
+        return x
+    kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(kept, x / (1.0 - rate), 0.0).astype(x.dtype)
+
+
 class LayerNorm(nnx.Module):
     """Zero mean and unit variance over the features, computed in float32, then an affine map."""
 
@@ -67,9 +75,12 @@ class Block(nnx.Module):
         self.down = normal(rngs, residual_scale, layers=n, mlp=f, embed=d)
         self.down_bias = constant(0.0, layers=n, embed=d)
 
-    def __call__(self, x_BxLxD: jax.Array, attention: str) -> jax.Array:
-        x = x_BxLxD + self.attend(self.norm_1(x_BxLxD), attention)
-        return x + self.mlp(self.norm_2(x))
+    def __call__(
+        self, x_BxLxD: jax.Array, attention: str, rate: float, key: jax.Array | None
+    ) -> jax.Array:
+        keys = (None, None) if key is None else jax.random.split(key)
+        x = x_BxLxD + dropout(self.attend(self.norm_1(x_BxLxD), attention), rate, keys[0])
+        return x + dropout(self.mlp(self.norm_2(x)), rate, keys[1])
 
     def attend(self, x_BxLxD: jax.Array, attention: str) -> jax.Array:
         dtype = x_BxLxD.dtype
@@ -108,20 +119,32 @@ class Transformer(nnx.Module):
         remat: bool = False,
         unroll: bool = False,
         mesh: Mesh | None = None,
+        dropout_rate: float = 0.0,
+        key: jax.Array | None = None,
     ) -> jax.Array:
-        """Returns float32 logits, `[B, L, V]`: position l sees tokens 0 to l."""
+        """Returns float32 logits, `[B, L, V]`: position l sees tokens 0 to l.
+
+        Without a key there is no dropout.
+        """
         length = tokens_BxL.shape[1]
         x_BxLxD = self.embedding[...].astype(dtype)[tokens_BxL]
         x_BxLxD += self.positions[...].astype(dtype)[:length]
 
         structure, layers = nnx.split(self.blocks)
+        keys = None
+        if key is not None and dropout_rate > 0.0:
+            x_BxLxD = dropout(x_BxLxD, dropout_rate, jax.random.fold_in(key, 0))
+            keys = jax.random.split(key, self.blocks.norm_1.scale.shape[0])
 
-        def layer(x_BxLxD: jax.Array, params: nnx.State) -> tuple[jax.Array, None]:
+        def layer(
+            x_BxLxD: jax.Array, of_layer: tuple[nnx.State, jax.Array | None]
+        ) -> tuple[jax.Array, None]:
+            params, key = of_layer
             x_BxLxD = constrain(x_BxLxD, mesh, "batch", "length", "features")
-            return nnx.merge(structure, params)(x_BxLxD, attention), None
+            return nnx.merge(structure, params)(x_BxLxD, attention, dropout_rate, key), None
 
         step = jax.checkpoint(layer) if remat else layer
-        x_BxLxD, _ = jax.lax.scan(step, x_BxLxD, layers, unroll=unroll)
+        x_BxLxD, _ = jax.lax.scan(step, x_BxLxD, (layers, keys), unroll=unroll)
         x_BxLxD = self.norm(x_BxLxD)
         logits_BxLxV = jnp.einsum(
             "BLD,VD->BLV",

@@ -12,7 +12,15 @@ import optax
 
 import sophia_optax
 
-from .config import Hyperparameters, TrainConfig, UsageError, lookup
+from .config import (
+    MODELS,
+    Hyperparameters,
+    ModelConfig,
+    TrainConfig,
+    UsageError,
+    lookup,
+    model_of,
+)
 
 Params = Any
 Batch = jax.Array
@@ -366,10 +374,23 @@ OPTIMIZERS = {
 }
 
 
-def hyperparameters(config: TrainConfig, row: Optimizer | None = None) -> Hyperparameters:
+def rate_for_width(model: ModelConfig) -> float:
+    """The learning rate of matrices of that width, as a part of the tiny model's: 1 / width.
+
+    Yang et al. 2022 (arXiv 2203.03466) derive it for Adam. Narrower models take the tiny one's.
+    """
+    return min(1.0, MODELS["tiny"].width / model.width)
+
+
+def hyperparameters(
+    config: TrainConfig, row: Optimizer | None = None, model: ModelConfig | None = None
+) -> Hyperparameters:
     """The run's hyperparameters: what was set, and the optimizer's defaults for the rest."""
-    row = row or lookup(OPTIMIZERS, config.optimizer, "optimizer")
-    defaults = row.large if config.model.startswith("gpt2") else row.tiny
+    row, model = row or lookup(OPTIMIZERS, config.optimizer, "optimizer"), model or model_of(config)
+    defaults = row.large
+    if not config.model.startswith("gpt2"):
+        rate = row.tiny.learning_rate * rate_for_width(model)
+        defaults = dataclasses.replace(row.tiny, learning_rate=rate)
     fields = [f.name for f in dataclasses.fields(Hyperparameters)]
     given = {name: getattr(config, name) for name in fields if getattr(config, name) is not None}
     if "win_rate" in given:

@@ -8,6 +8,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 from sophia_optax import plotting
 
@@ -17,41 +18,51 @@ Records = list[dict[str, float]]
 
 
 def losses(runs: dict[str, Records], path: Path, reference: float | None = None) -> None:
-    """Draws training (faint, smoothed) and validation losses by step, a colour for each run."""
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    last = []
+    """Draws training (faint, smoothed) and validation losses by step, a colour for each run.
+
+    All of every curve is on the left, on a log scale; on the right is the second half of
+    the validation losses.
+    """
+    figure, (whole, end) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    last: list[float] = []
     for index, (name, records) in enumerate(runs.items()):
-        color = f"C{index}"
         training, validation = (finite(records, key) for key in ("loss", "val_loss"))
+        color = f"C{index}"
         if training:
             steps, values = np.array(training).T
-            axes.plot(steps, smoothed(values), color=color, alpha=0.3, linewidth=1)
+            whole.plot(steps, smoothed(values), color=color, alpha=0.3, linewidth=1)
         if validation:
             steps, values = np.array(validation).T
             label = f"{name}: {values[-1]:.3f}"
-            axes.plot(steps, values, color=color, marker="o", markersize=3, label=label)
-            last.append(values[-1])
+            for axes in (whole, end):
+                axes.plot(steps, values, color=color, marker="o", markersize=3, label=label)
+        half = max((step for step, _ in training + validation), default=0) / 2
+        last += [value for step, value in validation if step >= half]
     if reference is not None:
-        axes.axhline(
-            reference, color="gray", linestyle=":", label=f"bigram counts: {reference:.3f}"
-        )
+        label = f"bigram counts: {reference:.3f}"
+        whole.axhline(reference, color="gray", linestyle=":", label=label)
+    whole.set(yscale="log", ylabel="loss (nats a token)", title="validation loss (training: faint)")
+    for axis in (whole.yaxis.set_major_formatter, whole.yaxis.set_minor_formatter):
+        axis(ScalarFormatter())
+    right = whole.get_xlim()[1]
+    end.set(xlim=(right / 2, right), title="validation loss, second half")
     if last:
-        shown = [*last, *([] if reference is None else [reference])]
-        low, high = min(shown), max(shown)
-        axes.set_ylim(low - 0.1, high + 0.6 * (high - low) + 0.3)
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title="validation loss (training: faint)")
-    axes.grid(alpha=0.25)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend()
+        room = 0.1 * (max(last) - min(last)) + 0.01
+        end.set_ylim(min(last) - room, max(last) + room)
+    for axes in (whole, end):
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.25)
+    if whole.get_legend_handles_labels()[0]:
+        whole.legend()
     save(figure, path)
     plt.close(figure)
 
 
 def curvature(runs: dict[str, Records], folder: Path) -> None:
-    """Draws win_rate.png and gamma.png, if a run has them."""
+    """Draws win_rate.png and gamma.png, if they change during a run."""
     for draw in (plotting.win_rate, plotting.gamma):
         name = draw.__name__
-        if any(name in record for records in runs.values() for record in records):
+        if any(len({r[name] for r in records if name in r}) > 1 for records in runs.values()):
             save(draw(runs), folder / f"{name}.png")
 
 

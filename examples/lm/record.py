@@ -1,18 +1,29 @@
 """run.json: the settings that a run was started with, and what may change when it goes on."""
 
+import contextlib
 import dataclasses
+import shlex
 import typing
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 
 from . import data, hosts, run_folder
-from .config import CompareConfig, MeshConfig, RunConfig, TrainConfig, UsageError
+from .config import (
+    CompareConfig,
+    LoopConfig,
+    MeshConfig,
+    RunConfig,
+    TrainConfig,
+    TuneConfig,
+    UsageError,
+)
 from .mesh import make_mesh
-from .run import Run
+from .run import Run, resolve
 
-Config = TypeVar("Config", CompareConfig, TrainConfig)
+Config = TypeVar("Config", CompareConfig, TrainConfig, TuneConfig)
 
 # Settings of the machine or of one start, which run.json does not keep.
 NOT_KEPT = {"hosts", "out", "resume"}
@@ -21,10 +32,68 @@ NOT_KEPT = {"hosts", "out", "resume"}
 FREE = {
     *("mesh", "refresh", "remat", "attention", "log_interval", "save_interval", "keep"),
     *("on_save_error", "stop_on_nan", "eval_interval", "eval_batches"),
+    *("profile", "wandb", "tries"),
 }
 
 # The form of run.json. Version 1 is that of files that do not name one.
 VERSION = 2
+
+
+class Started(NamedTuple):
+    """What a command works with, new or continued.
+
+    Attributes:
+      folder: its own, locked.
+      runs: the runs by their optimizers.
+      corpus: their text.
+      again: the command that goes on with it.
+    """
+
+    folder: Path
+    runs: dict[str, Run]
+    corpus: data.Corpus
+    again: str
+
+
+@contextlib.contextmanager
+def started(config: RunConfig, configs: dict[str, TrainConfig], command: str) -> Iterator[Started]:
+    """Reads the text, and locks a new folder or the one that `--resume` goes on in.
+
+    Raises:
+      UsageError: something cannot be, or the folder holds another run.
+    """
+    if isinstance(config, LoopConfig):
+        hosts.join(config.hosts)
+    folder = run_folder.existing(config.out) if config.resume else None
+    if folder is not None:
+        configs = {name: on_these_devices(folder, c) for name, c in configs.items()}
+    runs = {name: resolve(of_run) for name, of_run in configs.items()}
+    kept = None if folder is None else folder / run_folder.TOKENIZER
+    corpus = data.load(config.data, config.tokenizer, kept)
+    runs = {name: run.with_vocabulary(corpus.vocab_size) for name, run in runs.items()}
+    data.check_length(corpus, next(iter(runs.values())).model.context)
+    if folder is None:
+        folder = run_folder.new(config.out, command)
+    again = continuation(command, folder)
+    with (
+        run_folder.writer(folder, resume=config.resume),
+        hosts.message_on_abort(
+            "Stopped: this process or another one of the run died; the lines above say which. "
+            f"Start all of them again: {again}"
+        ),
+    ):
+        if config.resume:
+            check_same_run(folder, config, runs)
+            check_same_text(folder, corpus)
+        else:
+            write(folder, config, runs, corpus)
+        yield Started(folder, runs, corpus, again)
+
+
+def continuation(command: str, folder: Path) -> str:
+    """The command that goes on with a run."""
+    hosts_too = " --hosts.* as before" if jax.process_count() > 1 else ""
+    return f"python -m {__package__} {command} --resume --out {shlex.quote(str(folder))}{hosts_too}"
 
 
 def write(folder: Path, config: RunConfig, runs: dict[str, Run], corpus: data.Corpus) -> None:
@@ -67,8 +136,8 @@ def stored(kind: type[Config], out: str | None) -> Config:
     """
     folder = run_folder.existing(out)
     found = read(folder)
-    if ("optimizers" in found) != (kind is CompareConfig):
-        command = "compare" if "optimizers" in found else "train"
+    command = command_of(found)
+    if COMMANDS[command] is not kind:
         raise UsageError(f"{folder} was made by `{command}`. Resume it with that command.")
     hints = typing.get_type_hints(kind)
     values = {}
@@ -87,6 +156,16 @@ def stored(kind: type[Config], out: str | None) -> Config:
             )
         values[field.name] = value
     return kind(**values)
+
+
+COMMANDS = {"train": TrainConfig, "compare": CompareConfig, "tune": TuneConfig}
+
+
+def command_of(found: dict[str, Any]) -> str:
+    """The command that wrote a run.json."""
+    if "optimizers" not in found:
+        return "train"
+    return "tune" if "tries" in found else "compare"
 
 
 def on_these_devices(folder: Path, config: TrainConfig) -> TrainConfig:
@@ -138,14 +217,15 @@ def check_same_run(folder: Path, config: RunConfig, runs: dict[str, Run]) -> Non
       UsageError: something else differs, and would change the numbers.
     """
     before, now = read(folder), settings(config, runs)
-    compared = {*before, *now} - FREE - {"version", "text", "steps"}
+    longer = isinstance(config, LoopConfig)  # a search's tries are compared at one length
+    compared = {*before, *now} - FREE - {"version", "text", *(["steps"] if longer else [])}
     differences = [
         f"{name} was {before.get(name)} and is {now.get(name)}"
         for name in sorted(compared)
         if before.get(name, absent(name, config)) != run_folder.strict(now.get(name))
     ]
     steps = before.get("steps", config.steps)
-    if config.steps < steps:
+    if longer and config.steps < steps:
         differences.append(f"steps was {steps} and is {config.steps}")
     if differences:
         raise UsageError(

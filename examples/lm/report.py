@@ -1,6 +1,8 @@
 """What the user sees of a run: the progress bar, the table, the files."""
 
 import contextlib
+import dataclasses
+import importlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,7 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
 
 from . import run_folder
-from .config import UsageError
+from .config import TrainConfig, UsageError
 from .loop import Result
 
 
@@ -66,17 +68,94 @@ class Board:
                 writer.close()
 
 
+def check_wandb(project: str | None) -> None:
+    """Tells the user at the start if Weights & Biases is asked for and not installed."""
+    if project is not None:
+        try:
+            importlib.import_module("wandb")
+        except ImportError as error:
+            raise UsageError("--wandb needs the package wandb: pip install wandb.") from error
+
+
+class WandbRun:
+    """A run in Weights & Biases, which a resumed run goes on with: its id is kept in the folder."""
+
+    def __init__(self, folder: Path, name: str, config: TrainConfig):
+        kept = folder / f"wandb-{name}.json"
+        number = run_folder.read_json(kept)["id"] if config.resume and kept.exists() else None
+        try:
+            self.run = importlib.import_module("wandb").init(
+                project=config.wandb,
+                name=f"{folder.name}-{name}",
+                id=number,
+                resume=None if number is None else "allow",
+                dir=str(folder),
+                config=dataclasses.asdict(config),
+            )
+        except Exception as error:  # the network's, the service's and the package's own
+            reason = (str(error).splitlines() or [""])[0].rstrip(".")
+            raise UsageError(
+                f"Weights & Biases did not start ({type(error).__name__}: {reason}). Log in with "
+                "`wandb login`, set WANDB_MODE=offline, or leave out --wandb."
+            ) from error
+        run_folder.write_json(kept, {"id": self.run.id})
+
+    def add(self, record: dict[str, float]) -> None:
+        """Sends a line's numbers."""
+        values = {key: value for key, value in record.items() if key != "step"}
+        self.run.log(values, step=int(record["step"]))
+
+    def close(self) -> None:
+        """Sends the rest."""
+        self.run.finish()
+
+
+class Profiler:
+    """Records some steps, once the first ones have compiled, for TensorBoard and Perfetto.
+
+    Args:
+      folder: where the trace goes.
+      steps: how many are recorded; 0 records none.
+    """
+
+    COMPILING = 2  # steps that are taken before
+
+    def __init__(self, folder: Path, steps: int):
+        self.folder, self.steps, self.recording = folder, steps, False
+
+    def before(self, taken: int) -> None:
+        """Starts before the first step to record, and ends before the one after the last."""
+        if self.steps and taken == self.COMPILING:
+            jax.profiler.start_trace(self.folder, create_perfetto_trace=True)
+            self.recording = True
+        elif taken == self.COMPILING + self.steps:
+            self.close()
+
+    def close(self) -> None:
+        """Writes what has been recorded."""
+        if self.recording:
+            self.recording = False
+            jax.profiler.stop_trace()
+
+
 def tracker(
-    progress: Progress, name: str, steps: int, path: Path, closing: contextlib.ExitStack
+    progress: Progress, name: str, config: TrainConfig, path: Path, closing: contextlib.ExitStack
 ) -> Callable[[dict[str, float]], None]:
     """A run's log function: metrics.jsonl, TensorBoard, and a move of the progress bar.
+
+    With `--wandb` it also sends the lines there.
 
     Without a terminal, as in a pipe or a file, it prints lines instead of the bar. What it opens is
     closed with `closing`.
     """
     if jax.process_index() != 0:
         return lambda record: None
-    board = closing.enter_context(contextlib.closing(Board(path.parent / "tensorboard" / name)))
+    steps = config.steps
+    boards: list[Board | WandbRun] = [Board(path.parent / "tensorboard" / name)]
+    if config.wandb is not None:
+        boards.append(WandbRun(path.parent, name, config))
+    for board in boards:
+        closing.enter_context(contextlib.closing(board))
     lines = closing.enter_context(contextlib.closing(run_folder.Log(path)))
     task = progress.add_task(name, total=steps, shown="compiling")
     console, digits = progress.console, len(str(steps))
@@ -84,7 +163,8 @@ def tracker(
 
     def log(record: dict[str, float]) -> None:
         nonlocal validation
-        board.add(record)
+        for board in boards:
+            board.add(record)
         lines.append({"run": name, **record})
         if "val_loss" in record:
             validation = f"  val {record['val_loss']:.3f}"
@@ -179,6 +259,6 @@ def verdict(summaries: dict[str, dict[str, Any]]) -> str:
 def written(folder: Path) -> str:
     """What a run leaves, and where."""
     names = ["loss.png", "win_rate.png", "gamma.png", run_folder.METRICS, run_folder.SUMMARY]
-    names += ["tensorboard", "checkpoints"]
+    names += ["tensorboard", "profile", "checkpoints"]
     found = ", ".join(name for name in names if (folder / name).exists())
     return f"Written to {folder}: {found}"

@@ -8,13 +8,13 @@ import jax
 from jax.sharding import Mesh
 
 from .config import (
-    MODELS,
     Hyperparameters,
     ModelConfig,
     TrainConfig,
     UsageError,
     check_numbers,
     lookup,
+    model_of,
 )
 from .mesh import batch_shards, make_mesh
 from .optimizers import OPTIMIZERS, Optimizer, hyperparameters
@@ -73,14 +73,15 @@ def resolve(
     check_numbers(config)
     device_mesh = make_mesh(config.mesh, devices)
     check_batch(config, device_mesh)
+    model = model_of(config)
     size = config.curvature_batch or half(config.batch_size, batch_shards(device_mesh))
     if row.curvature is not None and not row.curvature.whole_batch:
         check_curvature_batch(config, size, device_mesh)
     return Run(
         config=config,
         optimizer=row,
-        hyperparameters=hyperparameters(config, row),
-        model=lookup(MODELS, config.model, "model"),
+        hyperparameters=hyperparameters(config, row, model),
+        model=model,
         mesh=device_mesh,
         curvature_batch=(
             config.batch_size if row.curvature and row.curvature.whole_batch else size

@@ -2,6 +2,7 @@
 
     run.json        the settings of the run and the fingerprint of its text
     metrics.jsonl   a line for each logged step and validation
+    tuning.jsonl    of `tune`, a line for each try
     tokenizer.json  what a tokenizer learnt from the text
     checkpoints/    see `checkpoint`
     summary.json, *.png, tensorboard/
@@ -37,6 +38,7 @@ RECORD = "run.json"
 METRICS = "metrics.jsonl"
 TOKENIZER = "tokenizer.json"
 SUMMARY = "summary.json"
+TUNING = "tuning.jsonl"
 
 Record = dict[str, Any]
 

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import importlib
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
-from . import run_folder
+from . import meta, run_folder
 from .config import UsageError
 
 PIECE = 1 << 16  # bytes of text that are tokenized as one
@@ -33,7 +34,8 @@ class Codec:
       encode: bytes of text to an array of tokens.
       decode: tokens to text.
       size: how many different tokens there are.
-      learnt: what was learnt from the text, as the package `tokenizers` writes it.
+      learnt: what a run keeps of it: what was learnt from the text, as the package `tokenizers`
+        writes it, or the characters that are the tokens.
     """
 
     encode: Callable[[bytes], np.ndarray]
@@ -60,6 +62,45 @@ def find(name: str, text: Callable[[], bytes], kept: Path | None = None) -> Code
     raise UsageError(
         f"There is no tokenizer {name!r}. Choose bytes, bpe:SIZE (257 to 65536) or gpt2."
     )
+
+
+def of_token_files(folder: Path, kept: Path | None = None) -> Codec | None:
+    """The characters that nanoGPT's meta.pkl lists; None without that file, which GPT-2's lack.
+
+    Args:
+      folder: of train.bin and val.bin.
+      kept: where a run that goes on has kept them; runs from before that have no such file.
+
+    Raises:
+      UsageError: a file is damaged, or holds something else.
+    """
+    if kept is not None and kept.exists():
+        found = run_folder.read_json(kept).get("characters")
+        if not isinstance(found, list) or not meta.are_characters(found):
+            raise UsageError(f"{kept} holds no list of characters. Restore it from a copy.")
+        return characters(found)
+    path = folder / meta.NAME
+    return None if kept is not None or not path.exists() else characters(meta.read(path))
+
+
+def characters(found: list[str]) -> Codec:
+    """Characters as tokens."""
+    tokens = {character: token for token, character in enumerate(found)}
+
+    def encode(text: bytes) -> np.ndarray:
+        unknown = set(text.decode(errors="replace")) - tokens.keys()
+        if unknown:
+            raise UsageError(
+                f"The vocabulary of {len(found)} characters lacks {min(unknown)!r}. Leave it out."
+            )
+        return np.array([tokens[c] for c in text.decode()], np.uint16)
+
+    def decode(numbers: list[int]) -> str:
+        # A model may have more tokens than there are characters.
+        return "".join(found[n] if n < len(found) else "\ufffd" for n in numbers)
+
+    learnt = json.dumps({"characters": found})
+    return Codec(encode, decode, len(found), learnt)
 
 
 def read(path: Path) -> Tokenizer:

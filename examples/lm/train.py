@@ -40,7 +40,7 @@ class Trainer:
       traced: whether hyperparameters and the number of steps are arguments of the compiled step,
         so that `at` gives trainers for other values without compiling again.
       init: (seed) -> TrainState, every array born in its sharding; the run's seed if left out.
-      evaluate: (params, windows [B, L + 1]) -> the mean loss, a scalar.
+      evaluate: (params, windows [B, L + 1]) -> the mean loss, a scalar, without dropout.
     """
 
     def __init__(self, run: Run, *, traced: bool = False, unroll: bool = False):
@@ -84,6 +84,7 @@ class Trainer:
         """The transformation and the schedule, at traced values or at the run's own."""
         given = dict(point)
         steps = given.pop("steps", self.run.config.steps)
+        given.pop("seed", None)
         h = dataclasses.replace(self.run.hyperparameters, **given)
         return optimizers.build(self.run.optimizer, h, steps)
 
@@ -106,9 +107,13 @@ class Trainer:
         )
 
     def logits(
-        self, params: nnx.State, tokens_BxL: jax.Array, attention: str | None = None
+        self,
+        params: nnx.State,
+        tokens_BxL: jax.Array,
+        attention: str | None = None,
+        key: jax.Array | None = None,
     ) -> jax.Array:
-        """The model as a function of its params."""
+        """The model as a function of its params; with a key, with dropout."""
         return nnx.merge(self.structure, params)(
             tokens_BxL,
             dtype=self.dtype,
@@ -116,28 +121,43 @@ class Trainer:
             remat=self.run.config.remat,
             unroll=self.unroll,
             mesh=self.run.mesh,
+            dropout_rate=self.run.config.dropout,
+            key=key,
         )
 
     def loss(
-        self, params: nnx.State, batch_BxL: jax.Array, attention: str | None = None
+        self,
+        params: nnx.State,
+        batch_BxL: jax.Array,
+        attention: str | None = None,
+        key: jax.Array | None = None,
     ) -> jax.Array:
         """Mean nats a token."""
-        logits_BxLxV = self.logits(params, batch_BxL[:, :-1], attention)
+        logits_BxLxV = self.logits(params, batch_BxL[:, :-1], attention, key)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits_BxLxV, batch_BxL[:, 1:])
         return losses.mean()
 
-    def loss_and_gradient(self, params: nnx.State, batch_BxL: jax.Array) -> tuple[jax.Array, Any]:
+    def loss_and_gradient(
+        self, params: nnx.State, batch_BxL: jax.Array, key: jax.Array | None = None
+    ) -> tuple[jax.Array, Any]:
         """The batch's, by way of its microbatches, one in memory at a time."""
         gradient, count = jax.value_and_grad(self.loss), self.run.config.accumulate
         if count == 1:
-            return gradient(params, batch_BxL)
+            return gradient(params, batch_BxL, key=key)
 
-        def add(total: Any, part: jax.Array) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradient(params, part)), None
+        def add(total: Any, part: tuple[jax.Array, jax.Array | None]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, gradient(params, part[0], key=part[1])), None
 
         zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
-        total, _ = jax.lax.scan(add, zeros, microbatches(batch_BxL, count))
+        keys = None if key is None else jax.random.split(key, count)
+        total, _ = jax.lax.scan(add, zeros, (microbatches(batch_BxL, count), keys))
         return jax.tree.map(lambda x: x / count, total)
+
+    def dropout_key(self, step: jax.Array, point: dict[str, jax.Array]) -> jax.Array | None:
+        """The key of a step's dropout, so that a resumed run drops what it would have dropped."""
+        if not self.run.config.dropout:
+            return None
+        return jax.random.fold_in(jax.random.key(point.get("seed", self.run.config.seed)), step)
 
     def train_step(
         self,
@@ -151,11 +171,12 @@ class Trainer:
         Args:
           state: changed by the step.
           batch_BxL: windows.
-          point: hyperparameters and the number of steps; the run's own where left out.
+          point: hyperparameters, the number of steps and the seed; the run's own where left out.
           refresh: whether the curvature is estimated; None decides on the device.
         """
         tx, schedule = self.optimizer(point)
-        loss, grads = self.loss_and_gradient(state.params, batch_BxL)
+        key = self.dropout_key(state.step, point)
+        loss, grads = self.loss_and_gradient(state.params, batch_BxL, key)
         extra_args: dict[str, Any] = {}
         if self.run.optimizer.curvature:
             part = sophia_optax.curvature_batch(batch_BxL, self.run.curvature_batch)
@@ -199,7 +220,12 @@ def has_sophia(opt_state: optax.OptState) -> bool:
 
 
 def traced_values(run: Run) -> dict[str, jax.Array]:
-    """The hyperparameters that may change without another compilation, and the number of steps."""
+    """What may change without another compilation: hyperparameters, the number of steps, the seed.
+
+    The seed is dropout's.
+    """
     values = vars(run.hyperparameters) | {"steps": run.config.steps}
     del values["update_interval"]  # the host decides by it
-    return {name: jnp.float32(value) for name, value in values.items() if value is not None}
+    seed = {"seed": jnp.uint32(run.config.seed)} if run.config.dropout else {}
+    given = {name: jnp.float32(value) for name, value in values.items() if value is not None}
+    return given | seed

@@ -6,22 +6,23 @@ optimum at the edge of the grid moves the search beyond it, and every optimizer 
 
 The command `tune` found the tiny model's hyperparameters. Each point trains a third of a
 comparison's steps, with its schedule shortened alike, and is judged on the `tune` split, from seeds
-that no comparison uses. Results are appended to a file as they come, and none is computed twice.
+that no comparison uses. Results are appended to tuning.jsonl as they come, so that `--resume`
+computes none twice.
 """
 
 import dataclasses
 import itertools
 import json
 import math
+import shlex
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from . import data, run_folder
-from .config import TrainConfig, UsageError
+from . import data, hosts, record, run_folder
+from .config import RunConfig, TuneConfig, UsageError, for_optimizer, lookup
 from .loop import Result, fit
-from .run import Run, resolve
+from .optimizers import OPTIMIZERS, rate_for_width
+from .run import Run
 from .train import Trainer
 
 Point = dict[str, float]
@@ -96,6 +97,7 @@ class Sweep:
       run: what they have in common, with its vocabulary.
       corpus: their text.
       make: compiles the trainer, when the first run needs it.
+      stop: as `fit` takes it.
     """
 
     def __init__(
@@ -103,8 +105,9 @@ class Sweep:
         run: Run,
         corpus: data.Corpus,
         make: Callable[[Run], Trainer] = lambda run: Trainer(run, traced=True),
+        stop: Callable[[int], bool] | None = None,
     ):
-        self.run, self.corpus, self.make = run, corpus, make
+        self.run, self.corpus, self.make, self.stop = run, corpus, make, stop
         self.trainer: Trainer | None = None
 
     def __call__(self, point: Point, steps: int, seed: int, split: str) -> Result:
@@ -124,60 +127,88 @@ class Sweep:
             ),
             hyperparameters=dataclasses.replace(self.run.hyperparameters, **point),
         )
-        return fit(run, self.corpus, split=split, trainer=self.trainer.at(run))
-
-
-@dataclass(frozen=True)
-class TuneConfig:
-    """Which optimizers to tune, and where the results are kept.
-
-    Attributes:
-      optimizers: names in `optimizers.OPTIMIZERS` that have a grid.
-      results: a file of one JSON object a line, continued if it exists.
-      seed: of the params and the batches; comparisons use others.
-      steps: of each try.
-      tries: for each optimizer.
-    """
-
-    optimizers: tuple[str, ...] = ("adamw", "sophia_g", "sophia_h")
-    results: str = "benchmarks/results/lm_tuning.jsonl"
-    seed: int = 1000
-    steps: int = 500
-    tries: int = 16
+        trainer = self.trainer.at(run)
+        return fit(run, self.corpus, split=split, trainer=trainer, stop=self.stop)
 
 
 def tune(config: TuneConfig) -> None:
-    """Runs the points that the results file lacks and prints each optimizer's best."""
-    path = Path(config.results)
-    runs = {name: resolve(TrainConfig(optimizer=name)) for name in config.optimizers}
-    for name, run in runs.items():
-        if not run.optimizer.grid:
+    """Tries what the folder lacks, and prints and keeps each optimizer's best point."""
+    configs = {name: for_optimizer(config, name) for name in config.optimizers}
+    for name in configs:
+        if not lookup(OPTIMIZERS, name, "optimizer").grid:
             raise UsageError(f"{name} has no grid to begin with. Give its row one.")
-    with run_folder.writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    done = run_folder.read_lines(path)
-    corpus = data.load("stdlib")
-    for name, run in runs.items():
-        sweep = Sweep(run.with_vocabulary(corpus.vocab_size), corpus)
+    with (
+        record.started(config, configs, "tune") as (folder, runs, corpus, again),
+        hosts.termination() as stop,
+    ):
+        print(f"{config.data}: {len(corpus.train):,} training tokens; results in {folder}")
+        path = folder / run_folder.TUNING
+        done = run_folder.read_lines(path)
+        best = {}
+        for name, run in runs.items():
+            sweep = Sweep(run, corpus, stop=stop)
 
-        def loss_of(point: Point, name: str = name, sweep: Sweep = sweep) -> float:
-            key = {"optimizer": name, "seed": config.seed, "steps": config.steps, **point}
-            found = next((row for row in done if key.items() <= row.items()), None)
-            if found is None:
-                result = sweep(point, config.steps, config.seed, "tune")
-                found = {
-                    **dataclasses.asdict(sweep.run.hyperparameters),
-                    **key,
-                    "tune_loss": result.validation_loss,
-                    "win_rate": result.win_rate,
-                }
-                done.append(found)
-                with run_folder.writing(path):
-                    run_folder.append_whole(path, (json.dumps(found) + "\n").encode())
-                print(json.dumps(found), flush=True)
-            return found["tune_loss"]
+            def loss_of(point: Point, name: str = name, sweep: Sweep = sweep) -> float:
+                key = {"optimizer": name, **point}
+                found = next((row for row in done if key.items() <= row.items()), None)
+                if found is None:
+                    result = sweep(point, config.steps, config.seed, "tune")
+                    if result.steps < config.steps and result.diverged is None:
+                        raise Stopped
+                    found = run_folder.strict({
+                        **dataclasses.asdict(sweep.run.hyperparameters),
+                        **key,
+                        "tune_loss": result.validation_loss,
+                        "win_rate": result.win_rate,
+                    })  # fmt: skip
+                    done.append(found)
+                    with run_folder.writing(path):
+                        run_folder.append_whole(path, (json.dumps(found) + "\n").encode())
+                    print(json.dumps(found), flush=True)
+                return math.nan if found["tune_loss"] is None else found["tune_loss"]
 
-        print(
-            "best:",
-            json.dumps({"optimizer": name, **search(run.optimizer.grid, config.tries, loss_of)}),
-        )
+            try:
+                best[name] = search(grid_of(run), config.tries, loss_of)
+            except Stopped:
+                print(f"Stopped. Continue: {again}")
+                return
+            print("best:", json.dumps({"optimizer": name, **best[name]}))
+        summary = {"config": dataclasses.asdict(config), "best": best}
+        run_folder.write_json(folder / run_folder.SUMMARY, summary)
+        for name, found in best.items():
+            print(f"Train with it: {training_command(config, name, found['point'])}")
+
+
+class Stopped(Exception):
+    """A signal ended a try."""
+
+
+def grid_of(run: Run) -> Grid:
+    """The optimizer's grid, with its learning rates lowered for the width, on the ladder."""
+    rates = LADDERS["learning_rate"]
+
+    def lowered(rate: float) -> float:
+        wanted = rate * rate_for_width(run.model)
+        return min(rates, key=lambda rung: abs(math.log(rung / wanted)))
+
+    grid = dict(run.optimizer.grid)
+    return grid | {"learning_rate": tuple(map(lowered, grid["learning_rate"]))}
+
+
+def training_command(config: TuneConfig, optimizer: str, point: Point) -> str:
+    """The command that trains at a point, with the settings of the search that were not default."""
+    given = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(RunConfig)
+        if field.name not in ("mesh", "out", "resume", "seed", "steps")
+        and getattr(config, field.name) != field.default
+    }
+    flags = {"optimizer": optimizer, **given, **point}
+    words = ["python", "-m", __package__, "train"]
+    for name, value in flags.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", str(value)]
+    return shlex.join(words)

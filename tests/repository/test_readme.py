@@ -36,10 +36,11 @@ def test_python_blocks_run_one_after_another() -> None:
     assert pages.run(pages.README) == set()
 
 
-def test_the_two_commands_stand_in_it() -> None:
+def test_the_three_commands_stand_in_it() -> None:
     (commands,) = pages.code_blocks(pages.README, "sh")
     assert commands.splitlines() == [
         "pip install -e '.[examples]' && python -m examples.lm compare",
+        "python -m examples.lm compare --data text:my.txt",
         "pip install -e '.[test]' && python -m pytest",
     ]
 

@@ -6,7 +6,6 @@ import json
 import os
 import random
 import resource
-import shlex
 import shutil
 import signal
 import subprocess
@@ -27,37 +26,11 @@ from examples.lm.config import TrainConfig, UsageError
 from examples.lm.run import resolve
 from examples.lm.train import Trainer
 from tests.trainer import worker
+from tests.trainer.worker import RUN, steps_of
 
-RUN = shlex.split(
-    "train --model micro --optimizer sophia_g --steps 12 --batch-size 8 --curvature-batch 8 "
-    "--log-interval 1 --save-interval 4 --eval-interval 12 --eval-batches 1"
-)
-
+pytestmark = pytest.mark.usefixtures("compiled")
 
 FLAGS = {"model": "micro", "steps": 12, "batch_size": 8, "curvature_batch": 8}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Where compiled steps are kept; this process trains on one device."""
-    device, folder = jax.devices()[:1], tmp_path_factory.mktemp("compiled")
-    with pytest.MonkeyPatch.context() as patch, worker.quick_compilation(folder):
-        patch.setattr(jax, "devices", lambda *_: device)
-        patch.setitem(worker.MODELS, "micro", worker.MICRO)
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The folder of a run that was never interrupted."""
-    folder = tmp_path_factory.mktemp("runs") / "finished"
-    assert worker.run([*RUN, "--out", str(folder)]) == 0
-    return folder
-
-
-def steps_of(folder):
-    """The checkpoints that count as whole."""
-    return {int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit()}
 
 
 def leftovers(folder):
@@ -119,12 +92,12 @@ def wait_for(condition, process: subprocess.Popen) -> None:
 
 
 def test_a_run_killed_twice_loses_no_more_than_the_steps_since_its_last_save(
-    finished, tmp_path, cache, capsys
+    finished, tmp_path, compiled, capsys
 ):
     folder = tmp_path / "killed"
     arguments = [*RUN, "--save-interval", "1", "--out", str(folder)]
     started = time.monotonic()
-    process = worker.start(arguments, 1, cache, pause=0.1)
+    process = worker.start(arguments, 1, compiled, pause=0.1)
     wait_for((folder / "checkpoints").is_dir, process)
     wait_for(lambda: len(steps_of(folder)) > 1 and leftovers(folder), process)  # in a save
     process.kill()
@@ -132,7 +105,7 @@ def test_a_run_killed_twice_loses_no_more_than_the_steps_since_its_last_save(
     assert process.returncode == -signal.SIGKILL, printed
 
     arguments.append("--resume")
-    process = worker.start(arguments, 1, cache, pause=0.1)
+    process = worker.start(arguments, 1, compiled, pause=0.1)
     time.sleep(random.uniform(0, lifetime))  # at any moment
     process.kill()
     process.communicate()
@@ -431,12 +404,14 @@ def test_a_full_disk_is_said_costs_one_checkpoint_and_no_step(
 # --- another mesh ---------------------------------------------------------------------------------
 
 
-def test_a_run_goes_on_on_other_devices_with_the_same_losses_to_rounding(finished, tmp_path, cache):
+def test_a_run_goes_on_on_other_devices_with_the_same_losses_to_rounding(
+    finished, tmp_path, compiled
+):
     folder = tmp_path / "moved"
     arguments = [*RUN, "--out", str(folder)]
     for devices, data, stop_after in ((8, 2, 2), (4, 1, 6)):
         mesh = ["--mesh.data", str(data), "--mesh.fsdp", "4"]
-        process = worker.start([*arguments, *mesh], devices, cache, stop_after=stop_after)
+        process = worker.start([*arguments, *mesh], devices, compiled, stop_after=stop_after)
         printed = process.communicate(timeout=200)[0]
         assert process.returncode == 0, printed
         assert "Stopped after step" in printed

@@ -1,5 +1,7 @@
 """Wrong invocations of the trainer: one sentence, exit code 2, nothing written."""
 
+import sys
+
 import jax
 import pytest
 
@@ -31,6 +33,10 @@ BAD = {
         "--batch-size 32 --curvature-batch 24",
         "does not divide --batch-size 32",
     ),
+    "heads that do not divide the width": ("--heads 5", "--heads 5 does not divide --width 64"),
+    "no layers": ("--layers 0", "--layers is 0"),
+    "dropout of everything": ("--dropout 1", "--dropout is 1"),
+    "a logger that is not installed": ("--wandb project", "needs the package wandb"),
     "no steps": ("--steps 0", "--steps is 0"),
     "negative learning rate": ("--learning-rate -1", "--learning-rate is -1"),
     "learning rate that is no number": ("--learning-rate nan", "--learning-rate is nan"),
@@ -83,6 +89,7 @@ def test_a_wrong_invocation_ends_in_one_sentence_and_code_2(
 ):
     monkeypatch.chdir(places)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hub")))
     flags, expected = BAD[name]
     before = {p: p.read_bytes() for p in places.rglob("*") if p.is_file()}

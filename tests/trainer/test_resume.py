@@ -8,36 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import pytest
 
 from examples.lm import compare, data, generate, record, run_folder
 from examples.lm.__main__ import main
 from examples.lm.config import CompareConfig, MeshConfig, TrainConfig, UsageError
 from tests.trainer import worker
+from tests.trainer.worker import RUN, steps_of
 
-RUN = shlex.split(
-    "train --model micro --optimizer sophia_g --steps 8 --batch-size 8 --curvature-batch 8 "
-    "--log-interval 1 --save-interval 4 --eval-interval 8 --eval-batches 1"
-)
+pytestmark = pytest.mark.usefixtures("compiled")
+
 COMPARE = ["compare", "--optimizers", "adamw", "sophia_g", *RUN[1:3], *RUN[5:]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Where compiled steps are kept; this process trains on one device."""
-    device, folder = jax.devices()[:1], tmp_path_factory.mktemp("compiled")
-    with pytest.MonkeyPatch.context() as patch, worker.quick_compilation(folder):
-        patch.setattr(jax, "devices", lambda *_: device)
-        patch.setitem(worker.MODELS, "micro", worker.MICRO)
-        yield folder
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "finished"
-    assert worker.run([*RUN, "--out", str(folder)]) == 0
-    return folder
 
 
 @pytest.fixture
@@ -51,10 +32,6 @@ def losses(folder):
     """Of every line: the run, the step, the training loss and the validation loss."""
     lines = run_folder.read_lines(folder / "metrics.jsonl")
     return [(line["run"], line["step"], line.get("loss"), line.get("val_loss")) for line in lines]
-
-
-def steps_of(folder):
-    return {int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit()}
 
 
 def change(path, **values):
@@ -107,15 +84,15 @@ def test_a_finished_run_reports_the_times_that_were_measured(copy):
 
 
 def test_a_run_goes_on_to_more_steps_and_says_what_the_schedule_does(copy, finished, capsys):
-    assert worker.run(["train", "--resume", "--out", str(copy), "--steps", "10"]) == 0
+    assert worker.run(["train", "--resume", "--out", str(copy), "--steps", "14"]) == 0
     printed = capsys.readouterr().out
-    assert "10 steps instead of 8" in printed
+    assert "14 steps instead of 12" in printed
     assert "learning rate" in printed
-    assert [step for _, step, loss, _ in losses(copy) if loss is not None] == list(range(10))
-    assert losses(copy)[:9] == losses(finished)
-    assert worker.run(["train", "--resume", "--out", str(copy)]) == 0  # the 10 are remembered
-    assert worker.run(["train", "--resume", "--out", str(copy), "--steps", "9"]) == 2
-    assert "steps was 10 and is 9" in capsys.readouterr().err
+    assert [step for _, step, loss, _ in losses(copy) if loss is not None] == list(range(14))
+    assert losses(copy)[:13] == losses(finished)
+    assert worker.run(["train", "--resume", "--out", str(copy)]) == 0  # the 14 are remembered
+    assert worker.run(["train", "--resume", "--out", str(copy), "--steps", "13"]) == 2
+    assert "steps was 14 and is 13" in capsys.readouterr().err
 
 
 def test_the_mesh_of_the_run_is_kept_where_the_devices_allow_it(copy, tmp_path, capsys):
@@ -134,7 +111,7 @@ def test_the_mesh_of_the_run_is_kept_where_the_devices_allow_it(copy, tmp_path, 
 
 def test_a_flag_that_run_json_is_older_than_has_its_default(copy, finished):
     change(copy / "run.json", clip_norm=None, accumulate=None, keep=None, text=None)
-    assert worker.run(["train", "--resume", "--out", str(copy), "--steps", "8"]) == 0
+    assert worker.run(["train", "--resume", "--out", str(copy), "--steps", "12"]) == 0
     assert losses(copy) == losses(finished)
 
 
@@ -200,7 +177,7 @@ def test_data_that_has_changed_is_said(tmp_path, capsys):
     text.write_text("".join(f"{i} bottles of beer. " for i in range(500)))
     out = tmp_path / "run"
     assert worker.run([*RUN, "--data", f"text:{text}", "--out", str(out)], stop_after=4) == 0
-    assert worker.run(["train", "--resume", "--out", str(out), "--steps", "8"]) == 0
+    assert worker.run(["train", "--resume", "--out", str(out), "--steps", "12"]) == 0
     assert "Warning" not in capsys.readouterr().err
     text.write_text(text.read_text().replace("499 bottles", "498 bottles"))
     assert worker.run(["train", "--resume", "--out", str(out)]) == 0
@@ -249,7 +226,7 @@ def test_a_run_that_diverges_says_when_and_ends_with_its_summary_and_plot(tmp_pa
     printed = capsys.readouterr()
     summary = json.loads((out / "summary.json").read_text())["runs"]["adamw"]
     step = summary["diverged"]
-    assert 0 < step < 7
+    assert 0 < step < 11
     assert summary["validation_loss"] is None
     assert f"at step {step}. Try a lower --learning-rate" in printed.err
     assert f"diverged at step {step}" in printed.out
@@ -262,8 +239,8 @@ def test_a_run_that_may_go_on_after_diverging_reaches_its_end(tmp_path, capsys):
     out = tmp_path / "run"
     assert worker.run([*RUN, *WILD, "--no-stop-on-nan", "--out", str(out)]) == 0
     assert capsys.readouterr().err.count("diverged") == 1
-    assert losses(out)[-1] == ("adamw", 8, None, None)
-    assert 8 in steps_of(out)
+    assert losses(out)[-1] == ("adamw", 12, None, None)
+    assert 12 in steps_of(out)
 
 
 def test_a_comparison_keeps_the_others_results_when_one_diverges(tmp_path, monkeypatch, capsys):
@@ -289,10 +266,10 @@ def test_a_pipe_gets_a_line_for_each_log_interval_and_a_closing(tmp_path, capsys
     out = tmp_path / "run"
     assert worker.run([*RUN, "--log-interval", "4", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    lines = [line for line in printed.splitlines() if line.startswith("sophia_g")]
-    assert [line.split()[1] for line in lines[:4]] == ["1/8", "5/8", "8/8", "8/8"]
-    assert all("loss" in line for line in lines[:3])
-    assert lines[3].split()[2] == "val"
+    lines = [line for line in printed.splitlines() if line.startswith("sophia_g ")][:5]
+    assert [line.split()[1] for line in lines] == ["1/12", "5/12", "9/12", "12/12", "12/12"]
+    assert all("loss" in line for line in lines[:4])
+    assert lines[4].split()[2] == "val"
     assert "\x1b" not in printed
     assert "nan" not in printed
     assert "sophia_g ends at a validation loss of" in printed

@@ -1,13 +1,15 @@
 """Where the trainer's text comes from: files, packages, tokens, streams, and their tokenizers."""
 
+import contextlib
 import dataclasses
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from examples.lm import data, hosts, stream, tokenizers
+from examples.lm import data, hosts, meta, stream, tokenizers
 from examples.lm.config import UsageError
 from tests.trainer import worker
 
@@ -104,6 +106,114 @@ def test_a_run_on_token_files(tmp_path, monkeypatch):
     out = tmp_path / "out"
     assert worker.run([*RUN, "--data", f"bin:{tmp_path}", "--out", str(out)]) == 0
     assert losses(out)[0] == pytest.approx(np.log(50257), rel=0.1)
+
+
+CHARACTERS = sorted(set("to be, or not to be: ø∂"))
+
+
+def write_characters(folder, **changes):
+    """What nanoGPT's data/shakespeare_char/prepare.py writes, for another text."""
+    content = {
+        "vocab_size": len(CHARACTERS),
+        "itos": dict(enumerate(CHARACTERS)),
+        "stoi": {c: i for i, c in enumerate(CHARACTERS)},
+    }
+    (folder / "meta.pkl").write_bytes(pickle.dumps(content | changes))
+    tokens = np.arange(2000).astype(np.uint16) % len(CHARACTERS)
+    for part in ("train", "val"):
+        tokens.tofile(folder / f"{part}.bin")
+
+
+def test_a_run_on_characters_samples_and_generates_without_their_file(tmp_path, capsys):
+    write_characters(tmp_path)
+    out = tmp_path / "run"
+    sizes = ["--layers", "1", "--width", "16", "--heads", "2", "--context", "16"]
+    source = ["--model", "tiny", *sizes, "--data", f"bin:{tmp_path}"]
+    assert worker.run([*RUN, *source, "--out", str(out)]) == 0
+    assert "bigram counts" in capsys.readouterr().out
+    (tmp_path / "meta.pkl").unlink()
+    assert worker.run(["generate", "--out", str(out), "--prompt", "to be ø", "--tokens", "9"]) == 0
+    text = capsys.readouterr().out.removesuffix("\n")
+    assert text.startswith("to be ø")
+    assert len(text) == len("to be ø") + 9
+    assert set(text) <= set(CHARACTERS)
+    assert worker.run(["generate", "--out", str(out), "--prompt", "To be"]) == 2
+    assert "lacks 'T'" in capsys.readouterr().err
+    assert worker.run(["train", "--resume", "--steps", "3", "--out", str(out)]) == 0
+
+
+def test_a_run_from_before_characters_were_read_goes_on_with_gpt2s_tokens(tmp_path):
+    write_characters(tmp_path)
+    assert data.load(f"bin:{tmp_path}").vocab_size == len(CHARACTERS)
+    assert data.load(f"bin:{tmp_path}", kept=tmp_path / "none").vocab_size == 50257
+
+
+@pytest.mark.parametrize("protocol", range(2, 6))
+def test_a_vocabulary_of_many_characters_is_read_in_every_binary_protocol(protocol, tmp_path):
+    characters = [chr(i) for i in range(0x4E00, 0x4E00 + 2500)]
+    tokens = {c: i for i, c in enumerate(characters)}
+    content = {"vocab_size": 2500, "itos": dict(enumerate(characters)), "stoi": tokens}
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(content, protocol))
+    assert meta.read(tmp_path / "meta.pkl") == characters
+
+
+class Touch:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_vocabulary_that_would_run_code_is_refused_and_runs_nothing(tmp_path):
+    trap = tmp_path / "trap"
+    write_characters(tmp_path, more=Touch(trap))
+    with pytest.raises(UsageError, match=r"meta\.pkl is not the vocabulary .*opcode"):
+        data.load(f"bin:{tmp_path}")
+    assert not trap.exists()
+    pickle.loads((tmp_path / "meta.pkl").read_bytes())
+    assert trap.exists()
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"vocab_size": 3}, "vocab_size"),
+        ({"itos": {0: "a", 2: "b"}}, "lacks 1"),
+        ({"itos": [*CHARACTERS]}, "opcode"),
+        ({"stoi": {}}, "inverse"),
+        ({"itos": {0: "ab"}, "stoi": {"ab": 0}}, "inverse"),
+        ({"itos": {}, "stoi": {}, "vocab_size": 0}, "inverse"),
+        ({"itos": {0: "\ud800"}, "stoi": {"\ud800": 0}}, "inverse"),
+        ({"itos": 7}, "len"),
+    ],
+)
+def test_a_vocabulary_of_another_form_is_one_sentence(changes, reason, tmp_path):
+    write_characters(tmp_path, **changes)
+    with pytest.raises(UsageError, match=reason):
+        data.load(f"bin:{tmp_path}")
+
+
+def test_a_torn_or_mutated_vocabulary_is_read_or_refused(tmp_path, monkeypatch):
+    write_characters(tmp_path)
+    path = tmp_path / "meta.pkl"
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    for size in range(0, len(whole), 7):
+        path.write_bytes(whole[:size])
+        with pytest.raises(UsageError):
+            meta.read(path)
+    for _ in range(300):
+        mutated = bytearray(whole)
+        mutated[rng.integers(len(whole))] = rng.integers(256)
+        path.write_bytes(bytes(mutated))
+        with contextlib.suppress(UsageError):
+            meta.read(path)
+    path.write_bytes(whole)
+    monkeypatch.setattr(meta, "LARGEST", len(whole) - 1)
+    with pytest.raises(UsageError, match="it has more than"):
+        meta.read(path)
 
 
 @pytest.mark.parametrize("name", ["train", "val"])

@@ -15,7 +15,7 @@ from examples.lm import compare, data, mesh, report
 from examples.lm.__main__ import main
 from examples.lm.config import MODELS, CompareConfig, MeshConfig, ModelConfig, TrainConfig
 from examples.lm.loop import Result, fit
-from examples.lm.model import Transformer, parameter_count
+from examples.lm.model import Transformer, dropout, parameter_count
 from examples.lm.optimizers import OPTIMIZERS, Curvature, Optimizer, build, sophia_g
 from examples.lm.run import resolve
 from examples.lm.train import Trainer
@@ -121,6 +121,48 @@ def test_presets_have_the_official_parameter_counts(name, count):
     assert parameter_count(MODELS[name]) == count
 
 
+@pytest.mark.parametrize(("batch_size", "processes"), [(1, 1), (2, 2)])
+def test_batches_of_one_window_come_without_end(batch_size, processes):
+    tokens = np.arange(65)
+    batches = data.batches(tokens, 16, batch_size, 0, process=0, processes=processes)
+    starts = [int(next(batches)[0, 0]) for _ in range(12)]
+    assert set(starts) == {0, 16, 32, 48}
+
+
+@pytest.mark.parametrize(("name", "millions"), [("1m", 1), ("10m", 10), ("30m", 30)])
+def test_presets_between_have_about_the_parameters_that_they_are_named_for(name, millions):
+    model = dataclasses.replace(MODELS[name], vocab_size=256)
+    assert parameter_count(model) == pytest.approx(millions * 1e6, rel=0.1)
+
+
+def test_sizes_replace_those_of_the_model_and_the_rate_and_the_weights_follow_the_width():
+    wide = {"layers": 3, "width": 256, "heads": 8, "context": 32}
+    tiny, run = (resolve(TrainConfig(**sizes)) for sizes in ({}, wide))
+    assert {name: getattr(run.model, name) for name in wide} == wide
+    assert run.model.init_scale == tiny.model.init_scale / 2
+    assert run.hyperparameters.learning_rate == tiny.hyperparameters.learning_rate / 4
+    assert resolve(TrainConfig(width=32)).hyperparameters == tiny.hyperparameters
+    assert resolve(TrainConfig(width=256, learning_rate=0.1)).hyperparameters.learning_rate == 0.1
+
+
+def test_dropout_changes_what_is_trained_and_nothing_else():
+    model = Transformer(MICRO, nnx.Rngs(0))
+    tokens, key = jnp.arange(16)[None], jax.random.key(0)
+    whole = model(tokens)
+    np.testing.assert_array_equal(model(tokens, dropout_rate=0.5), whole)
+    np.testing.assert_array_equal(model(tokens, key=key), whole)
+    dropped = model(tokens, dropout_rate=0.5, key=key)
+    assert (dropped != whole).any(axis=-1).all()
+    assert (dropped != model(tokens, dropout_rate=0.5, key=jax.random.key(1))).any()
+
+
+def test_dropout_sets_that_share_to_zero_and_keeps_the_mean():
+    dropped = dropout(jnp.ones(100_000), 0.2, jax.random.key(0))
+    assert set(np.unique(dropped)) == {0.0, np.float32(1 / 0.8)}
+    assert float((dropped == 0).mean()) == pytest.approx(0.2, abs=0.01)
+    assert float(dropped.mean()) == pytest.approx(1.0, abs=0.01)
+
+
 def test_a_position_sees_itself_and_what_is_before_it_alone():
     model = Transformer(MICRO, nnx.Rngs(0))
     tokens = jnp.arange(16)[None]
@@ -169,6 +211,27 @@ def test_accumulated_microbatches_give_the_gradient_of_the_whole_batch():
     actual = jax.jit(cut.loss_and_gradient)(params, batch)
     for x, y in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+
+
+def test_dropout_follows_the_seed_and_the_step_with_seeds_as_arguments_too():
+    settings = {"optimizer": "adamw", "dropout": 0.5}
+    losses = {}
+    for traced in (False, True):
+        trainer = trainer_on(1, MeshConfig(), traced=traced, **settings)
+        params, batch = trainer.init(0).params, batch_of(trainer)
+        for seed, step in ((0, 0), (0, 1), (1, 0)):
+            if traced or seed == 0:
+                other = trainer.at(trainer_on(1, MeshConfig(), seed=seed, **settings).run)
+                state = trainer.init(0)._replace(params=params, step=jnp.int32(step))
+                state = jax.tree.map(jnp.copy, state)
+                losses[traced, seed, step] = float(other.step(state, batch, step)[1]["loss"])
+        evaluated = float(trainer.evaluate(params, batch))
+        plain = trainer_on(1, MeshConfig(), optimizer="adamw")
+        assert evaluated == float(plain.evaluate(params, batch))
+    assert losses[True, 0, 0] == pytest.approx(losses[False, 0, 0], rel=1e-6)
+    assert losses[True, 0, 1] == pytest.approx(losses[False, 0, 1], rel=1e-6)
+    assert len({round(loss, 6) for loss in losses.values()}) == 3
+    assert trainer._step._cache_size() == 1
 
 
 def without_key_bias(state):
@@ -283,8 +346,9 @@ def test_metrics_are_fetched_a_step_late_so_that_the_device_never_waits(corpus, 
 
 def test_a_comparison_leaves_plot_metrics_and_summary_and_prints_the_table(comparison):
     folder, _, (table,) = comparison
-    for name in ("loss", "win_rate", "gamma"):
+    for name in ("loss", "win_rate"):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert not (folder / "gamma.png").exists()  # no gamma changes
     summary = json.loads((folder / "summary.json").read_text())
     assert list(summary["runs"]) == list(OPTIMIZERS)
     assert 2 < summary["bigram_loss"] < 3

@@ -4,8 +4,11 @@ python -m tests.trainer.worker '{"stop_after": 3}' train --model micro ...
 """
 
 import contextlib
+import dataclasses
+import functools
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,12 +21,18 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from examples.lm import report
+from examples.lm import compare, generate, report
 from examples.lm.__main__ import main
-from examples.lm.config import MODELS, ModelConfig
+from examples.lm.config import MODELS, HostConfig, LoopConfig, ModelConfig, RunConfig
+from examples.lm.run import Run
+from examples.lm.train import Trainer
 
 ROOT = Path(__file__).parents[2]
 MICRO = ModelConfig(layers=1, width=16, heads=2, context=16, vocab_size=256, init_scale=0.1)
+RUN = shlex.split(
+    "train --model micro --optimizer sophia_g --steps 12 --batch-size 8 --curvature-batch 8 "
+    "--log-interval 1 --save-interval 4 --eval-interval 12 --eval-batches 1"
+)
 
 # Most of a test's time would go into compiling the same step again, and into making it fast.
 COMPILATION = {
@@ -31,6 +40,11 @@ COMPILATION = {
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
 }
+
+
+def steps_of(folder: Path) -> set[int]:
+    """The checkpoints that count as whole."""
+    return {int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit()}
 
 
 @contextlib.contextmanager
@@ -47,6 +61,21 @@ def quick_compilation(cache: Path) -> Iterator[None]:
         for name, value in before.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
+
+
+@functools.cache
+def compiled_trainer(run: Run) -> Trainer:
+    """The trainer of a run, traced and lowered once in this process."""
+    return Trainer(run)
+
+
+def shared_trainer(run: Run) -> Trainer:
+    """The trainer of a run, shared with those that differ in nothing that a step depends on."""
+    fields = dataclasses.fields(LoopConfig)
+    loop = {f.name: f.default for f in fields if f.name not in RunConfig.__dataclass_fields__}
+    loop.update(hosts=HostConfig(), out=None, resume=False, data="", eval_batches=1)
+    config = dataclasses.replace(run.config, **loop)
+    return compiled_trainer(dataclasses.replace(run, config=config)).at(run)
 
 
 def run(
@@ -80,6 +109,8 @@ def run(
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(MODELS, "micro", MICRO)
         patch.setattr(report, "tracker", tracker)
+        patch.setattr(compare, "Trainer", shared_trainer)
+        patch.setattr(generate, "Trainer", shared_trainer)
         return main(arguments)
 
 
