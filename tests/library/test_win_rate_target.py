@@ -1,6 +1,8 @@
 """A γ that follows from a target for the win rate."""
 
 import functools
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import hypothesis
@@ -9,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import sophia_optax
@@ -243,30 +246,74 @@ def test_a_leaf_of_more_than_2_to_the_24_elements_is_counted_right() -> None:
     assert counts[len(TRIAL_FACTORS) // 2] == size
 
 
+MAGNITUDES = st.one_of(st.just(0.0), st.floats(-38, 38).map(lambda exponent: 10.0**exponent))
+each_kind = pytest.mark.parametrize(
+    "per_tensor, absolute_curvature", list(itertools.product((False, True), repeat=2))
+)
+
+
+@functools.cache
+def compiled_run(**keywords: Any) -> Any:
+    """Refreshes with each of `scales` times a gradient: all updates and states."""
+    tx = transform(0.5, decay=0.5, b1=0.5, b2=0.5, update_interval=1, **keywords)
+
+    def run(grads: Any, curvature: Any, scales: jax.Array) -> Any:
+        def one(state: Any, scale: jax.Array) -> Any:
+            scaled = jax.tree.map(lambda g: scale * g, grads)
+            updates, state = tx.update(scaled, state, hessian_fn=lambda key: curvature)
+            return state, (updates, state)
+
+        return jax.lax.scan(one, tx.init(grads), scales)[1]
+
+    return jax.jit(run)
+
+
+def two_leaves(numbers: Sequence[float]) -> dict[str, jax.Array]:
+    return {"a": jnp.float32(numbers[:2]), "b": jnp.float32(numbers[2:])}
+
+
+@each_kind
+@hypothesis.settings(max_examples=50)
 @hypothesis.given(
-    hypothesis.strategies.lists(
-        hypothesis.strategies.sampled_from((0.0, 1e-38, 1e-30, 1e-10, 1.0, 1e10, 1e30, 1e38)),
-        min_size=12,
-        max_size=12,
-    ),
-    hypothesis.strategies.booleans(),
+    st.lists(MAGNITUDES, min_size=6, max_size=6),
+    st.lists(MAGNITUDES, min_size=6, max_size=6),
+    st.lists(st.sampled_from((-1.0, 1.0)), min_size=6, max_size=6),
 )
 def test_gamma_and_updates_are_finite_whatever_gradient_and_curvature_are(
-    numbers: list[float], per_tensor: bool
+    per_tensor: bool,
+    absolute_curvature: bool,
+    gradient: list[float],
+    curvature: list[float],
+    signs: list[float],
 ) -> None:
-    tx = transform(per_tensor=per_tensor, decay=0.5, update_interval=1)
-    grads, curvature = ({"a": jnp.float32(x[:4]), "b": jnp.float32(x[4:])} for x in halves(numbers))
-    state = tx.init(grads)
-    for sign in (1, -1, 1):
-        updates, state = step(tx, state, jax.tree.map(lambda g, s=sign: s * g, grads), curvature)
-        for leaf in jax.tree.leaves((updates, state)):
+    """Hutchinson's estimates have both signs, those of Gauss-Newton-Bartlett one."""
+    run = compiled_run(per_tensor=per_tensor, absolute_curvature=absolute_curvature)
+    grads = two_leaves(np.multiply(signs, gradient))
+    for curvatures in (two_leaves(curvature), two_leaves(np.multiply(signs, curvature))):
+        updates, states = run(grads, curvatures, jnp.float32([1, -1, 1]))
+        for leaf in jax.tree.leaves((updates, states)):
             assert np.isfinite(leaf).all()
-        assert np.all(np.asarray(state.gamma) >= 2.0**-100)
-        assert np.all(np.asarray(state.gamma) <= 2.0**100)
+        assert all(np.max(np.abs(u)) <= 1 for u in jax.tree.leaves(updates))
+        assert np.all(np.asarray(states.gamma) >= 2.0**-100)
+        assert np.all(np.asarray(states.gamma) <= 2.0**100)
+        assert np.all((np.asarray(states.win_rate) >= 0) & (np.asarray(states.win_rate) <= 1))
+        assert int(states.rejected[-1]) == 0
 
 
-def halves(numbers: list[float]) -> tuple[list[float], list[float]]:
-    return numbers[:6], numbers[6:]
+@each_kind
+@hypothesis.given(st.floats(-37, 36), st.floats(-28, 28), st.floats(-76, 0))
+def test_gamma_is_the_quantile_thirty_refreshes_after_any_quiet_gradient_returns(
+    per_tensor: bool, absolute_curvature: bool, gradient: float, ratio: float, quiet: float
+) -> None:
+    """A refresh moves γ by up to a factor of 1024, so that twenty lead through its whole range."""
+    hypothesis.assume(-37 < gradient - ratio < 36)
+    run = compiled_run(per_tensor=per_tensor, absolute_curvature=absolute_curvature)
+    spread = np.linspace(1, 2, 40)
+    grads = {"a": jnp.float32(10.0**gradient * spread), "b": jnp.float32(10.0**gradient * spread)}
+    curvature = jax.tree.map(lambda g: jnp.full_like(g, 10.0 ** (gradient - ratio)), grads)
+    _, states = run(grads, curvature, jnp.float32(np.repeat([1, 10.0**quiet, 1], 30)))
+    for gamma in np.ravel(states.gamma[-1]):
+        assert abs(np.mean(10.0**ratio * spread < gamma) - 0.5) <= 0.05
 
 
 WRAPPERS = {
