@@ -442,7 +442,11 @@ def _check_update_arguments(hessian_fn: HessianFn | None, refresh: bool | None) 
         raise ValueError(
             "update was called without hessian_fn, so no curvature can be estimated. Pass "
             "hessian_fn=sophia_optax.hutchinson(loss_fn, params) or "
-            "hessian_fn=sophia_optax.gauss_newton_bartlett(outputs_fn, params)."
+            "hessian_fn=sophia_optax.gauss_newton_bartlett(outputs_fn, params); and inside of a "
+            "wrapper that drops keywords (optax.lookahead, optax.contrib.sam, "
+            "optax.contrib.split_real_and_imaginary, optax.MultiSteps in another transformation, "
+            "Flax's TrainState), wrap optax.GradientTransformation(tx.init, "
+            "functools.partial(tx.update, hessian_fn=hessian_fn)) in the step, instead of tx."
         )
     if hessian_fn is not None and not callable(hessian_fn):
         raise TypeError(

@@ -47,9 +47,10 @@ def differentiable(params: PyTree[Any]) -> Differentiable:
     for path, leaf in paths_and_leaves:
         if is_complex(leaf):
             raise TypeError(
-                f"The parameter at {name_of(path)} is {jnp.result_type(leaf)}, and a diagonal of "
-                "the Hessian is defined for real parameters only. Split it into its real and "
-                "imaginary part."
+                f"The parameter at {name_of(path)} is {jnp.result_type(leaf)}, and the diagonal of "
+                "a Hessian is defined for real parameters only. Run the optimizer inside of "
+                "optax.contrib.split_real_and_imaginary, and make the estimator of the pairs of "
+                "real arrays that it passes on."
             )
     leaves = [leaf for _, leaf in paths_and_leaves]
     places = [i for i, leaf in enumerate(leaves) if is_inexact(leaf)]

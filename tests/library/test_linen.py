@@ -163,3 +163,86 @@ def test_the_train_state_can_be_saved_and_restored() -> None:
     state = fresh.apply_gradients(grads=PARAMS, hessian_fn=lambda key: PARAMS)
     saved = flax.serialization.to_bytes(state)
     chex.assert_trees_all_equal(flax.serialization.from_bytes(fresh, saved), state)
+
+
+def plain_update(tx: Any, **extra_args: Any) -> Any:
+    grads = jax.grad(loss_fn)(PARAMS)
+    updates, opt_state = tx.update(grads, tx.init(PARAMS), PARAMS, **extra_args)
+    return optax.apply_updates(PARAMS, updates), opt_state
+
+
+FORWARDED = {
+    "obj_fn": (sophia_optax.sophia_h(1e-2), lambda: {"obj_fn": loss_fn}),
+    "value": (
+        optax.chain(optax.sgd(1e-2), optax.contrib.reduce_on_plateau(patience=1)),
+        lambda: {"value": jnp.float32(2.0)},
+    ),
+    "value, grad and value_fn": (
+        optax.lbfgs(),
+        lambda: {"value": loss_fn(PARAMS), "grad": jax.grad(loss_fn)(PARAMS), "value_fn": loss_fn},
+    ),
+    "grad_fn": (
+        optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.05), opaque_mode=True),
+        lambda: {"grad_fn": lambda params, _: jax.grad(loss_fn)(params)},
+    ),
+    "hessian_fn under MultiSteps": (
+        optax.MultiSteps(sophia_optax.sophia_g(1e-2), 1),
+        lambda: {"hessian_fn": ESTIMATORS["gauss_newton_bartlett"](PARAMS)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORWARDED)
+def test_a_keyword_that_is_no_field_reaches_the_optimizer(name: str) -> None:
+    tx, extra_args = FORWARDED[name]
+    state = create(tx).apply_gradients(grads=jax.grad(loss_fn)(PARAMS), **extra_args())
+    expected = plain_update(tx, **extra_args())
+    chex.assert_trees_all_close((state.params, state.opt_state), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_keyword_that_nothing_takes_is_named() -> None:
+    with pytest.raises(TypeError, match="batch_stats, which is neither a field of TrainState"):
+        create(optax.scale(-0.1)).apply_gradients(grads=PARAMS, batch_stats={})
+
+
+def test_an_optimizer_without_curvature_ignores_the_estimator() -> None:
+    with_it = create(optax.adam(0.1)).apply_gradients(
+        grads=PARAMS, hessian_fn=lambda key: PARAMS, refresh=True
+    )
+    without = create(optax.adam(0.1)).apply_gradients(grads=PARAMS)
+    chex.assert_trees_all_equal(with_it.params, without.params)
+
+
+@pytest.mark.filterwarnings("ignore")  # Flax's own, of its FP8 layers
+@pytest.mark.parametrize("eigenbasis", (False, True))
+def test_fp8_layers_step_alike_with_an_estimator_of_all_variables_and_of_params(
+    eigenbasis: bool,
+) -> None:
+    """The scales of FP8 layers are overwritten with their gradients, and have no curvature."""
+    model = linen.Dense(2, use_bias=False, dot_general_cls=linen.Fp8DirectDotGeneralOp)
+    inputs = jax.random.normal(jax.random.key(0), (8, 4))
+    tx = sophia_optax.sophia_g(1e-2, eigenbasis=eigenbasis)
+    state = sophia_optax.linen.TrainState.create(
+        apply_fn=model.apply, params=model.init(jax.random.key(1), inputs), tx=tx
+    )
+    scales = {key: value for key, value in state.params.items() if key != "params"}
+    assert scales
+
+    def logits_of(variables: Any) -> jax.Array:
+        return model.apply(variables, inputs).astype(jnp.float32)
+
+    @jax.jit
+    def both(state: Any) -> Any:
+        grads = jax.grad(lambda variables: jnp.sum(logits_of(variables) ** 2))(state.params)
+        of_all = sophia_optax.gauss_newton_bartlett(logits_of, state.params)
+        of_params = sophia_optax.gauss_newton_bartlett(
+            lambda params: logits_of({"params": params, **scales}), state.params["params"]
+        )
+        steps = [state.apply_gradients(grads=grads, hessian_fn=fn) for fn in (of_all, of_params)]
+        return grads, *steps
+
+    grads, of_all, of_params = both(state)
+    chex.assert_trees_all_close(of_all, of_params, rtol=1e-5, atol=1e-7)
+    assert sophia_optax.diagnostics(of_all.opt_state).refreshes == 1
+    for key in scales:
+        chex.assert_trees_all_equal(of_all.params[key], grads[key])
