@@ -271,7 +271,7 @@ def quantile_factors(counts: Float[Array, "n counts"], target: Scalar) -> Float[
     unclipped, moving, counted = counts[:, :-2], counts[:, -2], counts[:, -1:]
     shares = jnp.clip(unclipped / jnp.maximum(counted, 1.0), 1e-6, 1 - 1e-6)
     goal = jax.scipy.special.logit(jnp.float32(target))
-    logs = jnp.log(jnp.array(TRIAL_FACTORS))
+    logs = jnp.log(jnp.array(TRIAL_FACTORS, jnp.float32))
     found = jax.vmap(lambda x: jnp.interp(goal, x, logs))(jax.scipy.special.logit(shares))
     return jnp.where((counted[:, 0] > 0) & (moving > 0), jnp.exp(found), 1.0)
 

@@ -301,7 +301,8 @@ def test_gamma_and_updates_are_finite_whatever_gradient_and_curvature_are(
 
 
 @each_kind
-@hypothesis.given(st.floats(-37, 36), st.floats(-28, 28), st.floats(-76, 0))
+@hypothesis.example(gradient=30.0, ratio=0.0, quiet=-60.0)
+@hypothesis.given(gradient=st.floats(-37, 36), ratio=st.floats(-28, 28), quiet=st.floats(-76, 0))
 def test_gamma_is_the_quantile_thirty_refreshes_after_any_quiet_gradient_returns(
     per_tensor: bool, absolute_curvature: bool, gradient: float, ratio: float, quiet: float
 ) -> None:
