@@ -88,3 +88,20 @@ def test_a_mean_over_keys_is_the_mean_of_draws_with_keys_of_their_own(num, chunk
     assert len(set(seen)) == num
     np.testing.assert_allclose(mean, np.mean(sorted(set(seen)), axis=0), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(double, 2 * mean, rtol=1e-5)
+
+
+@pytest.mark.parametrize("n", [1, 3, 1000])
+def test_one_minus_a_power_near_one_keeps_its_digits(n):
+    """1 - 0.9999 in float32 is wrong in the fourth digit."""
+    count = jnp.int32(n)
+    np.testing.assert_allclose(_arrays.one_minus_power(0.9999, count), 1 - 0.9999**n, rtol=1e-6)
+    array = jnp.float32(0.9999)
+    exact = -np.expm1(n * np.log(np.float64(array)))
+    np.testing.assert_allclose(_arrays.one_minus_power(array, count), exact, rtol=2e-4)
+    np.testing.assert_array_equal(_arrays.one_minus_power(0.0, count), 1)
+
+
+def test_a_count_stays_at_the_largest_integer():
+    largest = jnp.int32(2**31 - 1)
+    assert _arrays.increment(largest) == largest
+    assert _arrays.increment(largest - 1) == largest

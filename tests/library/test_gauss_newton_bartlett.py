@@ -681,3 +681,16 @@ def test_bad_arguments_are_refused_at_once(arguments, error, words):
         unchecked(lambda x: x, jnp.ones(3), **arguments)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_narrow_gradients_are_squared_in_float32():
+    """The root of an estimate is a bfloat16 number, and its square is not."""
+    params = jnp.linspace(1, 2, 16, dtype=jnp.bfloat16)
+    features = jnp.linspace(0.5, 1, 16, dtype=jnp.bfloat16)
+    hessian_fn = sophia_optax.gauss_newton_bartlett(
+        lambda p: jnp.dot(features, p)[None], params, likelihood=sophia_optax.gaussian
+    )
+    estimate = np.asarray(hessian_fn(jax.random.key(0)))
+    root = np.sqrt(np.float64(estimate))
+    np.testing.assert_allclose(root, np.asarray(jnp.bfloat16(root), np.float64), rtol=1e-6)
+    assert np.mean(estimate == np.asarray(jnp.bfloat16(estimate), np.float32)) < 0.5

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import sophia_optax
+from sophia_optax._hutchinson import _finite_difference, _multiply
 from tests import networks, oracles
 
 MODES = ("forward_over_reverse", "reverse_over_reverse", "finite_difference")
@@ -624,3 +625,20 @@ def test_bad_arguments_are_refused_at_once(arguments, error, words):
         undecorated(lambda x: x**2, jnp.float32(1), **arguments)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_products_of_narrow_numbers_are_not_rounded():
+    one = jnp.bfloat16(1 + 2**-7)
+    assert _multiply(one, one) == (1 + 2**-7) ** 2
+
+
+def test_finite_differences_step_by_the_cube_root_of_epsilon_times_the_params_scale():
+    seen = []
+
+    def gradient(theta):
+        seen.append(np.asarray(theta[0], np.float64))
+        return theta
+
+    _finite_difference(gradient, [jnp.array([3.0, 4.0])], [jnp.array([1.0, -1.0])])
+    step = float(jnp.finfo(jnp.float32).eps) ** (1 / 3) * (1 + 5) / 2**0.5
+    np.testing.assert_allclose((seen[0] - seen[1]) / 2, [step, -step], rtol=1e-4)

@@ -181,3 +181,9 @@ def test_the_tail_is_gone_from_the_estimate_of_a_rare_tokens_row():
     # A square of a normal has 2. There are 0.04 rare labels a batch, hence about 2 + 1 / 0.04.
     assert spread("labels") > 10
     assert spread("curvature_propagation") < 3
+
+
+def test_the_factor_of_a_confident_bernoulli_is_not_rounded_to_zero():
+    """1 - sigmoid(20) is zero in float32."""
+    factor = sophia_optax.bernoulli.sample_factor(jax.random.key(0), jnp.float32([20.0, -20.0]))
+    np.testing.assert_allclose(np.abs(factor), np.exp(-10), rtol=1e-5)

@@ -329,3 +329,24 @@ def test_the_derivative_by_b2_is_that_of_the_formula(b2: float, refreshes: int) 
     # With two estimates h is (1 - b2) (b2 e + e') / (1 - b2²) = (b2 e + e') / (1 + b2).
     expected = 0.0 if refreshes == 1 else (estimates[0] - estimates[1]) / (1 + b2) ** 2
     np.testing.assert_allclose(jax.grad(corrected)(jnp.float32(b2)), expected, rtol=0.02, atol=0.02)
+
+
+def test_a_coordinate_at_the_limit_counts_as_clipped() -> None:
+    tx = sophia_optax.scale_by_sophia(b1=0.0, b2=0.0, gamma=1.0)
+    gradient = jnp.array([0.5, 1.0])
+    _, state = jitted_update(tx, constant(jnp.ones(2)))(gradient, tx.init(gradient), gradient)
+    assert state.win_rate == 0.5
+
+
+@pytest.mark.parametrize("gamma", [0.01, sophia_optax.win_rate_target(0.5)])
+def test_the_win_rate_of_a_tree_without_coordinates_is_zero(gamma: Any) -> None:
+    tx = sophia_optax.scale_by_sophia(gamma=gamma)
+    _, state = jitted_update(tx, constant({}))({}, tx.init({}), {})
+    assert (float(state.win_rate), int(state.refreshes), int(state.rejected)) == (0.0, 1, 0)
+
+
+def test_estimates_in_half_precision_of_numpy_are_averaged_in_float32() -> None:
+    tx = sophia_optax.scale_by_sophia()
+    estimate = np.full(2, 3.0, np.float16)
+    _, state = tx.update(jnp.ones(2), tx.init(jnp.ones(2)), hessian_fn=constant(estimate))
+    np.testing.assert_allclose(state.nu, 0.03, rtol=1e-6)

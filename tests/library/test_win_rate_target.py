@@ -16,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import sophia_optax
 from sophia_optax import win_rate_target
-from sophia_optax._win_rate_target import TRIAL_FACTORS, unclipped_counts
+from sophia_optax._win_rate_target import TRIAL_FACTORS, quantile_factors, unclipped_counts
 
 KEYS = jax.random.split(jax.random.key(0), 8)
 SIZE = 2000
@@ -395,3 +395,24 @@ def test_counting_holds_no_array() -> None:
 def test_bad_arguments_are_refused(make: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+def test_a_coordinate_at_a_trial_counts_as_clipped() -> None:
+    counts = unclipped_counts(jnp.ones(3), jnp.ones(3))
+    np.testing.assert_array_equal(counts[:-2], 3 * (np.array(TRIAL_FACTORS) > 1))
+
+
+def test_between_two_trials_the_logit_is_a_line_from_a_millionth_to_its_opposite() -> None:
+    """All coordinates lie between a γ and the one four times as large."""
+    counts = jnp.where(jnp.arange(len(TRIAL_FACTORS) + 2) < 10, 0.0, 100.0)[None]
+    logit = lambda p: np.log(p / (1 - p))  # noqa: E731
+    for target in (0.05, 0.5, 0.8):
+        part = (logit(target) - logit(1e-6)) / (2 * -logit(1e-6))
+        expected = TRIAL_FACTORS[9] * 4.0**part
+        np.testing.assert_allclose(quantile_factors(counts, target), expected, rtol=1e-2)
+
+
+def test_a_tensor_without_curvature_makes_no_nan_on_the_way() -> None:
+    with jax.debug_nans(True):
+        counts = unclipped_counts(jnp.ones(3), jnp.zeros(3)).astype(jnp.float32)
+        np.testing.assert_array_equal(quantile_factors(counts[None], 0.3), 1)
