@@ -116,12 +116,12 @@ CHANGES = {
     "blocks of 32": Change(basis={"block_size": 32}),
     "inputs only": Change(basis={"dimension_numbers": turned("left", "right")}),
     "outputs only": Change(basis={"dimension_numbers": turned("right", "right")}),
-    "embeddings not turned": Change(basis={"dimension_numbers": turned("both", None)}),
-    "embeddings on both sides": Change(basis={"dimension_numbers": turned("both", "both")}),
     "no Nesterov": Change(options={"nesterov": False}),
     # γ |h| is below ε everywhere, so every coordinate that is not zero takes a step of η.
-    "no curvature": Change(point={"gamma": 1e-9}, slower=(0.5, 0.25)),
-    "no clip": Change(options={"clip_threshold": None}, slower=(0.5, 0.25)),
+    "no curvature": Change(point={"gamma": 1e-9}, slower=(0.25,)),
+    "no clip": Change(options={"clip_threshold": None}, slower=(0.25,)),
+    "embeddings not turned": Change(basis={"dimension_numbers": turned("both", None)}),
+    "embeddings on both sides": Change(basis={"dimension_numbers": turned("both", "both")}),
 }
 
 

@@ -1,4 +1,4 @@
-"""A small vision transformer on scikit-learn's digits, trained with AdamW, Sophia-G and Sophia-H.
+"""A small vision transformer on scikit-learn's digits, trained with AdamW and several Sophias.
 
 Two tasks, and the curvature of each:
 
@@ -13,8 +13,8 @@ pixels    The lower half of an image from its upper half: a Gaussian for each of
           `gaussian` has unit variance. So the estimator gets f / σ. With f, h would be too small by
           1 / σ². `weights=1 / σ²` does not help, as only the ratios of weights matter.
 
-`python -m examples.vision` trains each task with each optimizer; `benchmarks/digits.py` compares
-tuned optimizers over several seeds.
+`python -m examples.vision` trains each task with each optimizer, or with those of `--optimizers`;
+`benchmarks/digits.py` compares tuned optimizers over several seeds.
 """
 
 import argparse
@@ -186,6 +186,12 @@ def hutchinson(task: Task, params: Params, batch: Batch) -> sophia_optax.Hessian
 
 
 Estimator = Callable[[Task, Params, Batch], sophia_optax.HessianFn]
+ESTIMATORS: dict[str, Estimator | None] = {
+    "adamw": None,
+    "sophia_g": gauss_newton,
+    "sophia_h": hutchinson,
+    "sophia_g_eigenbasis": gauss_newton,
+}
 
 
 def train(
@@ -223,7 +229,7 @@ def train(
 
 
 def optimizers(steps: int) -> dict[str, tuple[optax.GradientTransformation, Estimator | None]]:
-    """Three optimizers and the curvature of each; short runs want a short average of it."""
+    """Each optimizer and its curvature; short runs want a short average of it."""
 
     def schedule(peak: float) -> optax.Schedule:
         return optax.warmup_cosine_decay_schedule(0.0, peak, steps // 10, steps, peak / 20)
@@ -236,10 +242,12 @@ def optimizers(steps: int) -> dict[str, tuple[optax.GradientTransformation, Esti
         "adamw": optax.adamw(schedule(1e-2), 0.8, 0.99, weight_decay=0.1, mask=mask),
         "sophia_g": sophia_optax.sophia_g(schedule(5e-3), gamma=0.02, **common),
         "sophia_h": sophia_optax.sophia_h(schedule(5e-3), gamma=0.03, **common),
+        "sophia_g_eigenbasis": sophia_optax.sophia_g(
+            schedule(5e-3), gamma=0.1, eigenbasis={"basis_interval": 1}, **common
+        ),
     }
-    estimators = {"adamw": None, "sophia_g": gauss_newton, "sophia_h": hutchinson}
     clip = optax.clip_by_global_norm(1.0)
-    return {name: (optax.chain(clip, tx), estimators[name]) for name, tx in built.items()}
+    return {name: (optax.chain(clip, tx), ESTIMATORS[name]) for name, tx in built.items()}
 
 
 def main(tasks: dict[str, Callable[[], Task]] = TASKS) -> None:
@@ -247,10 +255,13 @@ def main(tasks: dict[str, Callable[[], Task]] = TASKS) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=200, help="of each run")
     parser.add_argument("--seed", type=int, default=0)
+    names = list(ESTIMATORS)
+    parser.add_argument("--optimizers", nargs="+", choices=names, default=names)
     config = parser.parse_args()
-    splits = digits()
+    splits, built = digits(), optimizers(config.steps)
     for task_name, make in tasks.items():
-        for name, (tx, estimator) in optimizers(config.steps).items():
+        for name in config.optimizers:
+            tx, estimator = built[name]
             run = jax.jit(functools.partial(train, make(), tx, estimator, splits, config.steps))
             scores = {k: float(v) for k, v in run(config.seed)["test"].items()}
             print(task_name, name, *(f"{key} {value:.4f}" for key, value in scores.items()))

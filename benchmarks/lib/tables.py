@@ -369,6 +369,80 @@ def targets() -> str:
     return markdown(["width, sequences", "best γ", "its loss", *names], rows)
 
 
+# --- The eigenbasis -------------------------------------------------------------------------------
+
+ABLATIONS = {
+    "f = 10": "basis refreshed at every 10th step",
+    "f = 100": "basis refreshed at every 100th step",
+    "blocks of 128": "blocks of 128",
+    "blocks of 64": "blocks of 64",
+    "blocks of 32": "blocks of 32",
+    "inputs only": "matrices turned on the side of their inputs only",
+    "outputs only": "matrices turned on the side of their outputs only",
+    "embeddings not turned": "embeddings not turned",
+    "embeddings on both sides": "embeddings turned on both sides",
+    "no Nesterov": "no Nesterov momentum",
+    "no curvature": "no curvature: the sign of each turned coordinate",
+    "no clip": "no clip",
+}
+
+
+@table
+def ablations() -> str:
+    """The losses of Sophia-G in the eigenbasis with one thing changed."""
+    file = read("ablations.json")
+    rows = [["as raced", "1", losses(file["raced"]), None]]
+    for name, shown in ABLATIONS.items():
+        for factor, found in file["results"]["changes"].get(name, {}).items():
+            worse = mean(loss - file["raced"][int(seed)] for seed, loss in found.items())
+            rows.append([shown, factor, losses(found.values()), f"{worse:+.3f}"])
+    return markdown(["", "learning rate", "loss by seed", "change"], rows)
+
+
+@table
+def ablation_rates() -> str:
+    """Losses by the learning rate over the tuned one."""
+    rates = read("ablations.json")["results"]["rates"]
+    factors = list(rates["adamw"])
+    rows = [
+        [NAMES[name], *(f"{mean(found[factor].values()):.3f}" for factor in factors)]
+        for name, found in rates.items()
+    ]
+    return markdown(["learning rate over the tuned one", *factors], rows)
+
+
+METHODS = {
+    "qr": "QR",
+    "cholesky_qr2": "CholeskyQR, two rounds",
+    "newton_schulz": "Newton-Schulz, 12 steps",
+}
+
+
+@table
+def orthonormalize() -> str:
+    """Errors, times and counts of three ways to orthonormalize a basis."""
+    file = read("orthonormalize.json")
+    middle = next(row for row in file["cpu"] if row["size"] == 256)
+    kinds = ("2 decades", "6 decades", "singular, no shift")
+    rows = []
+    for name, shown in METHODS.items():
+        errors = (middle["errors"][name][kind] for kind in kinds)
+        rows.append(
+            [
+                shown,
+                *("not finite" if error is None else f"{error:.0e}" for error in errors),
+                *(f"{row['seconds_over_qr'][name]:.1f}" for row in file["cpu"]),
+                f"{file['flops_over_cube'][name]:.1f}",
+                *(f"{row['methods'][name]['xla_flops_over_cube']:.1f}" for row in file["tpu"]),
+                *(f"{row['methods'][name]['compile_seconds']:.0f}" for row in file["tpu"]),
+            ]
+        )
+    header = ["", *(f"error, {kind}" for kind in kinds)]
+    header += [f"time, {row['size']}" for row in file["cpu"]] + ["FLOPs"]
+    header += [f"XLA's FLOPs, {row['size']}" for row in file["tpu"]]
+    return markdown([*header, *(f"compilation, {row['size']}" for row in file["tpu"])], rows)
+
+
 # --- Images ---------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,96 @@
+"""The ablations of Sophia in the eigenbasis, and the ways to orthonormalize a basis."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import ablations, orthonormalize
+from benchmarks.ablations import CHANGES, Change, turned, with_race
+from examples.lm.optimizers import OPTIMIZERS, Hyperparameters, build, matrix_axes
+
+RNG = np.random.default_rng(0)
+PARAMS = {
+    name: jnp.asarray(RNG.normal(size=shape), jnp.float32)
+    for name, shape in {"embedding": (6, 4), "up": (1, 4, 256), "scale": (4,)}.items()
+}
+ALIKE = ("f = 100", "blocks of 64", "blocks of 32")  # other values of what others change
+H = Hyperparameters(1e-2, b1=0.8, b2=0.9, gamma=0.5, weight_decay=0.0, warmup=0.0, basis_interval=1)
+
+
+def last_update(row, point=()):
+    """The third update of a row, where an estimate is the square of the gradient."""
+    tx, _ = build(row, replace(H, **dict(point)), 4)
+
+    @jax.jit
+    def step(grads, state):
+        def estimate(key, /, *, coordinates):
+            return jax.tree.map(jnp.square, coordinates.turn(grads))
+
+        return tx.update(grads, state, PARAMS, hessian_fn=estimate)
+
+    state, updates = tx.init(PARAMS), None
+    for scale in (1.0, -0.5, 0.2):
+        updates, state = step(jax.tree.map(lambda p, s=scale: s * p + s**2, PARAMS), state)
+    return jax.tree.map(np.asarray, updates)
+
+
+@pytest.fixture(scope="module")
+def unchanged():
+    return last_update(Change().row())
+
+
+def test_no_change_is_the_raced_optimizer(unchanged):
+    raced = last_update(OPTIMIZERS[ablations.CHANGED])
+    jax.tree.map(np.testing.assert_array_equal, unchanged, raced)
+
+
+@pytest.mark.parametrize("name", [name for name in CHANGES if name not in ALIKE])
+def test_a_change_changes_the_updates(unchanged, name):
+    changed = last_update(CHANGES[name].row(), CHANGES[name].point)
+    differences = jax.tree.map(lambda a, b: np.abs(a - b).max(), changed, unchanged)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(changed))
+    assert max(differences.values()) > 1e-5
+
+
+def test_without_curvature_each_turned_coordinate_moves_by_the_learning_rate():
+    change = CHANGES["no curvature"]
+    update = last_update(change.row(), change.point)["up"]
+    _, schedule = build(change.row(), H, 4)
+    # The turn keeps the norm. Coordinates that are rounding do not move.
+    moved = np.sum(update**2) / schedule(2) ** 2
+    np.testing.assert_allclose(moved, np.round(moved), rtol=1e-4)
+    assert moved > 4
+
+
+def test_only_the_named_sides_are_turned():
+    whole = matrix_axes(PARAMS)
+    one_side = turned("left", None)(PARAMS)
+    assert one_side == {**whole, "embedding": None, "up": whole["up"]._replace(turn="left")}
+    assert turned("both", "right")(PARAMS) == whole
+
+
+def test_rates_are_compared_on_the_seeds_that_all_of_them_have(monkeypatch):
+    monkeypatch.setattr(ablations, "raced", lambda _: {"losses": {"250": [2.0, 2.1, 2.2]}})
+    rates = {"adamw": {"2": {0: 3.0, 1: 3.1}, "0.5": {0: 4.0}}}
+    assert with_race(rates, 250) == {"adamw": {"0.5": {0: 4.0}, "1": {0: 2.0}, "2": {0: 3.0}}}
+
+
+@pytest.mark.parametrize("method", ["qr", "cholesky_qr2"])
+def test_both_factorizations_are_orthonormal_to_rounding(method):
+    found = orthonormalize.METHODS[method](orthonormalize.problem(2, 16, 4))
+    assert orthonormalize.error(found) < 1e-5
+
+
+def test_a_singular_factor_without_the_shift_breaks_cholesky_qr_and_not_qr():
+    singular = orthonormalize.problem(2, 16, 2, rank=0.25, shift=False)
+    assert orthonormalize.error(orthonormalize.cholesky_qr2(singular)) is None
+    assert orthonormalize.error(orthonormalize.qr(singular)) < 1e-5
+
+
+def test_newton_schulz_needs_a_factor_whose_eigenvalues_are_close():
+    method = orthonormalize.newton_schulz
+    assert orthonormalize.error(method(orthonormalize.problem(1, 8, 0.5))) < 1e-5
+    assert orthonormalize.error(method(orthonormalize.problem(1, 8, 4))) > 0.5
