@@ -16,6 +16,7 @@ no option to take the sampled gradients of the curvature instead, so that is not
 
 import functools
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -187,14 +188,22 @@ class Study:
 
 
 def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The losses of each part and name, by the learning rate over the tuned one and by seed."""
+    """Losses of each part and name by the learning rate over the tuned one and by seed.
+
+    Args:
+      rows: the journal's.
+
+    Returns:
+      A loss is None where the run diverged.
+    """
     tables: dict[str, Any] = {}
     for row in rows:
         key = row["key"]
         best = tuned(CHANGED if key["part"] == "changes" else key["name"])
         factor = f"{key['learning_rate'] / best['learning_rate']:g}"
         table = tables.setdefault(key["part"], {}).setdefault(key["name"], {})
-        table.setdefault(factor, {})[key["seed"]] = row["loss"]
+        diverged = math.isnan(row["loss"])
+        table.setdefault(factor, {})[key["seed"]] = None if diverged else row["loss"]
     return tables
 
 
@@ -215,7 +224,7 @@ def plot(rates: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
     for name, found in rates.items():
         x = [float(factor) for factor in found]
-        losses = np.array([list(by_seed.values()) for by_seed in found.values()])
+        losses = np.array([list(by_seed.values()) for by_seed in found.values()], float)
         (line,) = axes.plot(x, losses.mean(axis=1), marker="o", ms=4, label=NAMES[name])
         bounds = losses.min(axis=1), losses.max(axis=1)
         axes.fill_between(x, *bounds, color=line.get_color(), alpha=0.15)

@@ -394,9 +394,18 @@ def ablations() -> str:
     rows = [["as raced", "1", losses(file["raced"]), None]]
     for name, shown in ABLATIONS.items():
         for factor, found in file["results"]["changes"].get(name, {}).items():
+            if None in found.values():
+                rows.append([shown, factor, "diverged", None])
+                continue
             worse = mean(loss - file["raced"][int(seed)] for seed, loss in found.items())
             rows.append([shown, factor, losses(found.values()), f"{worse:+.3f}"])
     return markdown(["", "learning rate", "loss by seed", "change"], rows)
+
+
+def mean_or_diverged(found: Iterable[float | None]) -> str:
+    """The mean of losses, where no run diverged."""
+    known = [loss for loss in found if loss is not None]
+    return f"{mean(known):.3f}" if len(known) == len(list(found)) else "diverged"
 
 
 @table
@@ -405,7 +414,7 @@ def ablation_rates() -> str:
     rates = read("ablations.json")["results"]["rates"]
     factors = list(rates["adamw"])
     rows = [
-        [NAMES[name], *(f"{mean(found[factor].values()):.3f}" for factor in factors)]
+        [NAMES[name], *(mean_or_diverged(found[factor].values()) for factor in factors)]
         for name, found in rates.items()
     ]
     return markdown(["learning rate over the tuned one", *factors], rows)
