@@ -243,7 +243,7 @@ def optimizers(steps: int) -> dict[str, tuple[optax.GradientTransformation, Esti
         "sophia_g": sophia_optax.sophia_g(schedule(5e-3), gamma=0.02, **common),
         "sophia_h": sophia_optax.sophia_h(schedule(5e-3), gamma=0.03, **common),
         "sophia_g_eigenbasis": sophia_optax.sophia_g(
-            schedule(5e-3), gamma=0.1, eigenbasis={"basis_interval": 1}, **common
+            schedule(5e-3), gamma=0.02, eigenbasis={"basis_interval": 1}, **common
         ),
     }
     clip = optax.clip_by_global_norm(1.0)

@@ -380,7 +380,6 @@ ABLATIONS = {
     "inputs only": "matrices turned on the side of their inputs only",
     "outputs only": "matrices turned on the side of their outputs only",
     "embeddings not turned": "embeddings not turned",
-    "embeddings on both sides": "embeddings turned on both sides",
     "no Nesterov": "no Nesterov momentum",
     "no curvature": "no curvature: the sign of each turned coordinate",
     "no clip": "no clip",
@@ -400,24 +399,6 @@ def ablations() -> str:
             worse = mean(loss - file["raced"][int(seed)] for seed, loss in found.items())
             rows.append([shown, factor, losses(found.values()), f"{worse:+.3f}"])
     return markdown(["", "learning rate", "loss by seed", "change"], rows)
-
-
-def mean_or_diverged(found: Iterable[float | None]) -> str:
-    """The mean of losses, where no run diverged."""
-    known = [loss for loss in found if loss is not None]
-    return f"{mean(known):.3f}" if len(known) == len(list(found)) else "diverged"
-
-
-@table
-def ablation_rates() -> str:
-    """Losses by the learning rate over the tuned one."""
-    rates = read("ablations.json")["results"]["rates"]
-    factors = list(rates["adamw"])
-    rows = [
-        [NAMES[name], *(mean_or_diverged(found[factor].values()) for factor in factors)]
-        for name, found in rates.items()
-    ]
-    return markdown(["learning rate over the tuned one", *factors], rows)
 
 
 METHODS = {

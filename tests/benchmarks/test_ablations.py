@@ -74,8 +74,18 @@ def test_only_the_named_sides_are_turned():
 
 def test_rates_are_compared_on_the_seeds_that_all_of_them_have(monkeypatch):
     monkeypatch.setattr(ablations, "raced", lambda _: {"losses": {"250": [2.0, 2.1, 2.2]}})
-    rates = {"adamw": {"2": {0: 3.0, 1: 3.1}, "0.5": {0: 4.0}}}
-    assert with_race(rates, 250) == {"adamw": {"0.5": {0: 4.0}, "1": {0: 2.0}, "2": {0: 3.0}}}
+    tables = {str(factor): {0: 3.0, 1: 3.1} for factor in ablations.FACTORS}
+    whole, missing = {**tables, "2.0": {0: 4.0}}, {"0.5": {0: 3.0}}
+    found = with_race({"adamw": whole, "soap": missing}, 250)
+    assert list(found) == ["adamw"]
+    assert list(found["adamw"]) == ["0.25", "0.5", "1", "2.0", "4.0"]
+    assert [list(losses.values()) for losses in found["adamw"].values()] == [
+        [3.0],
+        [3.0],
+        [2.0],
+        [4.0],
+        [3.0],
+    ]
 
 
 @pytest.mark.parametrize("method", ["qr", "cholesky_qr2"])
