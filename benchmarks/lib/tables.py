@@ -643,7 +643,7 @@ def differences() -> str:
     module = ast.parse((ROOT / "sophia_optax/_scale_by_sophia.py").read_text())
     text = ast.get_docstring(module) or ""
     listed = text[text.index("Differences from ") :]
-    return re.sub(r"^Differences from (.+):$", r"## From \1", listed, flags=re.M)
+    return re.sub(r"^Differences from (.+):$", r"## What differs from \1", listed, flags=re.M)
 
 
 # --- Pages ----------------------------------------------------------------------------------------

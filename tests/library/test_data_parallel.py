@@ -6,6 +6,7 @@ The loss has a mean over unequal shares of weights, so that a mean of the shards
 import functools
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -165,3 +166,95 @@ def test_an_estimate_by_hand_is_unbiased_for_the_mean_loss_of_all_shards(
         error = draws.std(axis=0) / np.sqrt(DRAWS)
         z = (draws.mean(axis=0) - np.asarray(truth)) / np.maximum(error, 1e-6)
         assert np.abs(z).max() < 5
+
+
+# --- the whole step -------------------------------------------------------------------------------
+
+SCALES = jnp.abs(jax.random.normal(jax.random.key(3), (EXAMPLES, FEATURES)))
+
+
+def quadratic(params: Any, x: jax.Array, scales: jax.Array) -> jax.Array:
+    """A loss with a diagonal Hessian, so that Hutchinson's estimate is the same for all probes."""
+    of_w = jnp.sum(scales[:, :, None] * (params["w"] - x[:, :, None]) ** 2, axis=(1, 2))
+    of_b = jnp.sum((params["b"] - x[:, :CLASSES]) ** 2, axis=1)
+    return jnp.mean(of_w + of_b)
+
+
+def step_with(tx: Any, axis_name: str | None, whole: Any, tracked: bool) -> Any:
+    def loss_of(params: Any, x: jax.Array, scales: jax.Array) -> jax.Array:
+        loss = quadratic(whole(params), x, scales)
+        return jax.lax.pmean(loss, axis_name) if axis_name and tracked else loss
+
+    def step(params: Any, state: Any, x: jax.Array, scales: jax.Array) -> Any:
+        grads = jax.grad(loss_of)(params, x, scales)
+        if axis_name and not tracked:
+            grads = jax.lax.pmean(grads, axis_name)
+        hessian_fn = sophia_optax.hutchinson(
+            lambda params: loss_of(params, x, scales),
+            params,
+            axis_name=None if tracked else axis_name,
+        )
+        updates, state = tx.update(grads, state, params, hessian_fn=hessian_fn)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def same(params: Any) -> Any:
+    return params
+
+
+def step_in_shard_map(tx: Any, params_specs: Any, whole: Any, check_vma: bool) -> Any:
+    state_specs = optax.tree.map_params(
+        tx,
+        lambda _, spec: spec,
+        tx.init(PARAMS),
+        params_specs,
+        transform_non_params=lambda _: P(),
+    )
+    return jax.jit(
+        jax.shard_map(
+            step_with(tx, "d", whole, tracked=check_vma),
+            mesh=mesh(),
+            in_specs=(params_specs, state_specs, P("d"), P("d")),
+            out_specs=(params_specs, state_specs),
+            check_vma=check_vma,
+        )
+    )
+
+
+def step_in_pmap(tx: Any) -> Any:
+    mapped = jax.pmap(step_with(tx, "d", same, tracked=False), axis_name="d")
+
+    def step(params: Any, state: Any, *batch: jax.Array) -> Any:
+        copied = jax.tree.map(lambda leaf: jnp.stack([leaf] * SHARDS), (params, state))
+        shards = [leaf.reshape(SHARDS, -1, *leaf.shape[1:]) for leaf in batch]
+        return jax.tree.map(lambda leaf: np.asarray(leaf)[0], mapped(*copied, *shards))
+
+    return step
+
+
+WHOLE_STEPS = {
+    "shard_map": lambda tx: step_in_shard_map(tx, {"w": P(), "b": P()}, same, True),
+    "shard_map, params as shards": lambda tx: step_in_shard_map(tx, SPECS, gathered, True),
+    "shard_map, check_vma=False": lambda tx: step_in_shard_map(
+        tx, {"w": P(), "b": P()}, same, False
+    ),
+    "pmap": step_in_pmap,
+}
+
+
+@pytest.mark.parametrize(
+    "style, per_tensor",
+    [("shard_map, params as shards", False), *((style, True) for style in WHOLE_STEPS)],
+)
+def test_steps_by_hand_are_those_of_jit(style: str, per_tensor: bool) -> None:
+    """Averages, win rate and gamma too, which count the coordinates of all shards."""
+    gamma = sophia_optax.win_rate_target(0.6, per_tensor=per_tensor)
+    tx = sophia_optax.sophia_h(0.05, b1=0.5, gamma=gamma, update_interval=2)
+    by_hand, by_jit = WHOLE_STEPS[style](tx), jax.jit(step_with(tx, None, same, tracked=True))
+    found = expected = (PARAMS, tx.init(PARAMS))
+    for _ in range(5):
+        found, expected = by_hand(*found, X, SCALES), by_jit(*expected, X, SCALES)
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert 0 < sophia_optax.diagnostics(found[1]).win_rate < 1

@@ -61,7 +61,8 @@ def test_every_test_named_exists() -> None:
 def test_hyperparameters_are_those_of_the_code() -> None:
     h = inspect.signature(sophia_optax.sophia_h).parameters
     g = inspect.signature(sophia_optax.sophia_g).parameters
-    described = {name.strip("`"): default for name, default, *_ in table(README, "Hyperparameters")}
+    rows = table(README, "Set the hyperparameters")
+    described = {name.strip("`"): default for name, default, *_ in rows}
     assert described.pop("learning_rate") == "none"
     assert described.pop("gamma") == f"{h['gamma'].default} (H), {g['gamma'].default} (G)"
     for name, default in described.items():
