@@ -16,7 +16,6 @@ PARAMS = {
     name: jnp.asarray(RNG.normal(size=shape), jnp.float32)
     for name, shape in {"embedding": (6, 4), "up": (1, 4, 256), "scale": (4,)}.items()
 }
-ALIKE = ("f = 100", "blocks of 64", "blocks of 32")  # other values of what others change
 H = Hyperparameters(1e-2, b1=0.8, b2=0.9, gamma=0.5, weight_decay=0.0, warmup=0.0, basis_interval=1)
 
 
@@ -47,7 +46,9 @@ def test_no_change_is_the_raced_optimizer(unchanged):
     jax.tree.map(np.testing.assert_array_equal, unchanged, raced)
 
 
-@pytest.mark.parametrize("name", [name for name in CHANGES if name not in ALIKE])
+@pytest.mark.parametrize(
+    "name", ["f = 10", "blocks of 128", "outputs only", "no Nesterov", "no clip"]
+)
 def test_a_change_changes_the_updates(unchanged, name):
     changed = last_update(CHANGES[name].row(), CHANGES[name].point)
     differences = jax.tree.map(lambda a, b: np.abs(a - b).max(), changed, unchanged)
