@@ -25,7 +25,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks/results"
@@ -399,6 +399,24 @@ def ablations() -> str:
             worse = mean(loss - file["raced"][int(seed)] for seed, loss in found.items())
             rows.append([shown, factor, losses(found.values()), f"{worse:+.3f}"])
     return markdown(["", "learning rate", "loss by seed", "change"], rows)
+
+
+def mean_or_diverged(found: Iterable[float | None]) -> str:
+    """The mean of losses, where no run diverged."""
+    known = list(found)
+    return "diverged" if None in known else f"{mean(cast(list[float], known)):.3f}"
+
+
+@table
+def ablation_rates() -> str:
+    """Losses by the learning rate over the tuned one."""
+    rates = read("ablations.json")["results"]["rates"]
+    factors = list(rates["adamw"])
+    rows = [
+        [NAMES[name], *(mean_or_diverged(found[factor].values()) for factor in factors)]
+        for name, found in rates.items()
+    ]
+    return markdown(["learning rate over the tuned one", *factors], rows)
 
 
 METHODS = {
