@@ -11,10 +11,7 @@ import pytest
 
 from examples.lm import plot
 from tests.trainer import worker
-
-RUN = ["train", "--model", "micro", "--optimizer", "sophia_g", "--batch-size", "8", "--steps", "6"]
-RUN += ["--mesh.data", "1", "--log-interval", "1", "--eval-interval", "3", "--eval-batches", "1"]
-
+from tests.trainer.worker import RUN
 
 # --- pictures -------------------------------------------------------------------------------------
 

@@ -22,12 +22,12 @@ from examples.lm.train import Trainer
 from tests.trainer import worker
 
 MICRO = ModelConfig(layers=2, width=16, heads=4, context=16, vocab_size=256, init_scale=0.1)
+STEPS = 24  # the same everywhere: the schedule is a constant of the step, which is compiled once
 
 
 @pytest.fixture(scope="module", autouse=True)
-def micro_preset(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("compiled")
-    with pytest.MonkeyPatch.context() as patch, worker.quick_compilation(folder):
+def micro_preset(compiled_steps):
+    with pytest.MonkeyPatch.context() as patch, worker.quick_compilation(compiled_steps):
         patch.setitem(MODELS, "micro", MICRO)
         yield
 
@@ -42,7 +42,7 @@ def comparison(tmp_path_factory):
     """A comparison of a few steps with every optimizer, its folder and what it prints."""
     folder = tmp_path_factory.mktemp("runs") / "compare"
     config = CompareConfig(
-        model="micro", steps=24, batch_size=8, eval_interval=12, eval_batches=2, log_interval=1,
+        model="micro", steps=STEPS, batch_size=8, eval_interval=12, eval_batches=2, log_interval=1,
         mesh=MeshConfig(1, 1, 1), out=str(folder), optimizers=tuple(OPTIMIZERS),
     )  # fmt: skip
     printed = []
@@ -258,8 +258,9 @@ def test_eight_devices_step_as_one_does():
 @pytest.mark.parametrize("optimizer", ["adamw", "sophia_g", "contrib_sophia"])
 def test_a_step_whose_hyperparameters_are_arguments_is_the_step_of_those_hyperparameters(optimizer):
     values = {"learning_rate": 3e-3, "b1": 0.6, "warmup": 0.1, "steps": 20}
-    alone = trainer_on(1, MeshConfig(), optimizer=optimizer, **values)
-    shared = trainer_on(1, MeshConfig(), optimizer=optimizer, traced=True).at(alone.run)
+    alone = trainer_on(1, MeshConfig(), optimizer=optimizer, steps=STEPS)  # the comparison's step
+    others = trainer_on(1, MeshConfig(), optimizer=optimizer, traced=True, **values)
+    shared = others.at(alone.run)
     ends = []
     for trainer in (alone, shared):
         state = trainer.init(0)
@@ -333,9 +334,9 @@ def test_metrics_are_fetched_a_step_late_so_that_the_device_never_waits(corpus, 
 
     monkeypatch.setattr(Trainer, "step", recorded)
     config = TrainConfig(
-        model="micro", optimizer="adamw", steps=4, batch_size=8, log_interval=1, eval_batches=1
+        model="micro", optimizer="adamw", steps=STEPS, batch_size=8, log_interval=1, eval_batches=1
     )
-    fit(resolve(config, devices=jax.devices()[:1]), corpus, log=log)
+    fit(resolve(config, devices=jax.devices()[:1]), corpus, log=log, stop=lambda done: done == 4)
     assert happened == [
         "start 0", "start 1", "log 0", "start 2", "log 1", "start 3", "log 2", "log 3",
     ]  # fmt: skip
@@ -376,7 +377,7 @@ def test_all_optimizers_start_from_the_same_params_and_batch(comparison):
 def test_curvature_is_estimated_on_every_tenth_step_and_on_no_other(comparison, optimizer):
     _, records, _ = comparison
     rates = [r["win_rate"] for r in records if r["run"] == optimizer and "win_rate" in r]
-    changes = [step for step in range(1, 24) if rates[step] != rates[step - 1]]
+    changes = [step for step in range(1, STEPS) if rates[step] != rates[step - 1]]
     assert changes == [10, 20]
 
 
