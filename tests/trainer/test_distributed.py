@@ -78,9 +78,10 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     workers = start_two(out, cache, "--resume")
     wait_for_step(seen["terminated at"] + 6, out, workers)
     workers[1].kill()
-    killed = time.monotonic()
+    workers[1].wait()
+    seen["killed at"] = len(lines(out))
     seen["bereft"] = finish(workers)
-    seen["bereft for"] = time.monotonic() - killed
+    seen["bereft at"] = len(lines(out))
 
     workers = start_two(out, cache, "--resume")
     workers.append(worker.start([*RUN, "--out", str(folder / "alone")], 8, cache))
@@ -103,13 +104,14 @@ def test_sigterm_to_one_of_two_processes_ends_both_with_a_checkpoint_of_the_same
     assert f"Resuming after step {step}." in history["bereft"][0][0]
 
 
-def test_a_killed_process_ends_the_other_in_bounded_time_with_a_way_to_go_on(history):
+def test_a_killed_process_ends_the_other_before_another_step_with_a_way_to_go_on(history):
     printed, codes = history["bereft"]
     assert codes[1] == -signal.SIGKILL
     assert codes[0] not in (0, None)
     assert "another one of the run died" in printed[0]
     assert "--resume --out" in printed[0]
-    assert history["bereft for"] < TIMEOUT + 20
+    # It waits for the other one in its next step, and logs a step late.
+    assert history["killed at"] <= history["bereft at"] <= history["killed at"] + 2
 
 
 def test_two_processes_interrupted_twice_have_the_losses_of_one_that_was_not(history):
