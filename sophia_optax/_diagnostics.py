@@ -16,8 +16,8 @@ class SophiaDiagnostics(NamedTuple):
     Attributes:
       count: the number of updates, `i32[]`.
       refreshes: the number of accepted estimates of the curvature, `i32[]`.
-      rejected: the number of estimates that were dropped as not finite, `i32[]`. If it grows, the
-        curvature overflows.
+      rejected: the number of estimates that were dropped as not finite, or larger than
+        `max_estimate_ratio` allows, `i32[]`. If it grows, the curvature overflows.
       win_rate: the share of coordinates that were not clipped at the last accepted refresh,
         `f32[]`. The paper tunes gamma until it lies between 0.1 and 0.5. Near 0, raise gamma.
       gamma: γ of the last update, `f32[]`, fixed or from a `win_rate_target`; the geometric mean

@@ -63,6 +63,7 @@ class SophiaRule:
       bias_correction: whether h is divided by 1 - b2ⁿ.
       absolute_curvature: whether |h| is used instead of h.
       nesterov: whether the step looks one gradient ahead of m.
+      max_estimate_ratio: how much larger than h an estimate may be, or None.
     """
 
     b1: Any
@@ -72,6 +73,7 @@ class SophiaRule:
     bias_correction: bool = True
     absolute_curvature: bool = True
     nesterov: bool = False
+    max_estimate_ratio: Any = None
 
     def momentum(self, m: Array, g: Array, decay: Any = None) -> Array:
         """m_t = b1 m_{t-1} + (1 - b1) g_t; `decay` is b1, where a caller has to make it depend."""
@@ -93,6 +95,16 @@ class SophiaRule:
             return gamma
         share = _arrays.one_minus_power(self.b2, refreshes)
         return gamma / jnp.where(refreshes == 0, 1.0, share)
+
+    def sizes(self, h: Array, estimate: Array) -> Float[Array, "2"]:
+        """Σ |ĥ| and Σ |h|, by which an estimate is found too large."""
+        return jnp.stack([jnp.sum(jnp.abs(_arrays.widen(x))) for x in (estimate, h)])
+
+    def is_too_large(self, sizes: Float[Array, "2"], refreshes: Int[Array, ""]) -> Any:
+        """Whether Σ |ĥ| is above `max_estimate_ratio` Σ |h| / (1 - b2ⁿ), and h is not zero."""
+        share = _arrays.one_minus_power(self.b2, refreshes)
+        # Multiplied by the share, which is zero before the first refresh.
+        return (sizes[1] > 0) & (share * sizes[0] > self.max_estimate_ratio * sizes[1])
 
     def scaled_curvature(self, h: Array, scale: Any) -> Array:
         """γ |h_t| / (1 - b2ⁿ)."""
@@ -133,7 +145,7 @@ class ScaleBySophiaState(NamedTuple):
       nu: h, the average of the curvature before bias correction; shapes and shardings of the
         params, float32 (or `nu_dtype`).
       refreshes: how many estimates have been averaged into `nu`, `i32[]`.
-      rejected: how many estimates were dropped as not finite, `i32[]`.
+      rejected: how many estimates were dropped as not finite or too large, `i32[]`.
       win_rate: the share of coordinates that were not clipped, at the last accepted refresh,
         `f32[]` in [0, 1].
       gamma: γ of the last update, `f32[]`; with a `win_rate_target`, that of the last accepted
@@ -160,6 +172,7 @@ def scale_by_sophia(
     bias_correction: bool = True,
     absolute_curvature: bool = True,
     nesterov: bool = False,
+    max_estimate_ratio: Scalar | None = None,
     mu_dtype: DTypeLike | None = None,
     nu_dtype: DTypeLike | None = FLOAT32,
     seed: Scalar = 0,
@@ -208,6 +221,13 @@ def scale_by_sophia(
         |h|. Default: the better one in `benchmarks/lm_race.py` and `benchmarks/warmup.py`.
       nesterov: whether the step looks one gradient ahead of m: b1 m + (1 - b1) g instead of m. The
         paper does not.
+      max_estimate_ratio: the largest estimate to accept, in multiples of h, at least 1: one whose
+        mean |ĥ| over all coordinates is more than this times the mean |h| / (1 - b2ⁿ) is dropped
+        and counted as `rejected`. One that is finite but absurd otherwise stays in h for b2's
+        memory: after one that is 1e6 times too large, steps are below half of their size for 917
+        refreshes. 100 leaves room for noise. The first estimate is always accepted, and so is any
+        while h is zero. Where the curvature really grows by that much between two refreshes, none
+        is accepted any more, so watch `rejected`. Default: None, no limit, as in the paper.
       mu_dtype: dtype of m; None takes that of each parameter.
       nu_dtype: dtype of h; None takes that of each parameter.
       seed: of the keys that the estimates are drawn with.
@@ -234,6 +254,8 @@ def scale_by_sophia(
         _win_rate_target.check_clip(clip_threshold)
     else:
         _checks.check_number("gamma", gamma, 0, math.inf, "(0, ∞)")
+    if max_estimate_ratio is not None:
+        _checks.check_number("max_estimate_ratio", max_estimate_ratio, 1, math.inf, "[1, ∞)")
     _checks.check_count("update_interval", update_interval)
     _checks.check_seed(seed)
     _checks.check_dtype("mu_dtype", mu_dtype)
@@ -246,6 +268,7 @@ def scale_by_sophia(
         bias_correction=bias_correction,
         absolute_curvature=absolute_curvature,
         nesterov=nesterov,
+        max_estimate_ratio=_arrays.hyperparameter(max_estimate_ratio),
     )
     control = (
         gamma if isinstance(gamma, WinRateTarget) else FixedGamma(_arrays.hyperparameter(gamma))
@@ -374,7 +397,7 @@ def _refresh(
     gs: list[Array],
     leaves: list[int],
 ) -> _Curvature:
-    """Averages an estimate into h and sets γ, unless a coordinate of h is then not finite.
+    """Averages an estimate into h and sets γ, unless h is then not finite, or ĥ is too large.
 
     Args:
       rule: the equations of a step.
@@ -411,6 +434,10 @@ def _refresh(
     # once more in each of the n choices below, so that at 100 leaves compiling took 4 s instead of
     # 0.8 s, but nothing as dear as a logarithm. (XLA of jax 0.10 drops an optimization barrier.)
     accepted = ~jnp.isnan(jnp.log1p(total))
+    if rule.max_estimate_ratio is not None:
+        sizes = [rule.sizes(h, e) for h, e in zip(old.nu, estimates, strict=True)]
+        total_sizes = _manual_axes.sum_of_all_shards([jnp.zeros(2, jnp.float32), *sizes])
+        accepted &= ~rule.is_too_large(total_sizes, old.refreshes)
     win_rate = total / max(sum(map(_manual_axes.size_on_all_shards, hs)), 1)
     new = _Curvature(hs, refreshes, old.rejected, win_rate, gamma)
     dropped = old._replace(rejected=_arrays.increment(old.rejected))

@@ -87,6 +87,7 @@ def test_defaults_are_the_documented_ones(alias: Callable[..., Any]) -> None:
         "absolute_curvature": True,
         "nesterov": None,
         "eigenbasis": False,
+        "max_estimate_ratio": None,
         "mu_dtype": None,
         "nu_dtype": jnp.dtype("float32"),
         "seed": 0,

@@ -52,6 +52,8 @@ BAD_NUMBERS = [
     ("clip_threshold", 0.0),
     ("clip_threshold", -1.0),
     ("clip_threshold", math.nan),
+    ("max_estimate_ratio", 0.5),
+    ("max_estimate_ratio", math.nan),
     ("update_interval", 0),
     ("update_interval", -3),
     ("update_interval", 2.5),

@@ -96,6 +96,7 @@ def squares(params: Any) -> Any:
     [
         (hessian_fn, {}),
         (hessian_fn, {"absolute_curvature": False}),
+        (squares, {"max_estimate_ratio": 100.0}),
         # Read once more, for which XLA would keep an estimate that is dear to compute again.
         (squares, {"gamma": sophia_optax.win_rate_target()}),
         (squares, {"gamma": sophia_optax.win_rate_target(per_tensor=False)}),

@@ -106,6 +106,17 @@ def test_the_program_grows_as_the_number_of_leaves_does(gamma: Any) -> None:
         assert many <= 4 * few
 
 
+def test_a_limit_of_the_estimate_adds_no_temporary_no_copy_and_no_pass_around_the_branch(
+    sophia: Any,
+) -> None:
+    limited = sophia_optax.sophia_h(1e-3, weight_decay=0.1, max_estimate_ratio=100.0)
+    with_limit = cost(limited, hessian_fn=hessian_fn)
+    without = cost(sophia, hessian_fn=hessian_fn)
+    assert with_limit.copies == 0
+    assert with_limit.entry <= without.entry
+    assert with_limit.temporaries <= without.temporaries + 0.01
+
+
 def test_a_refresh_can_be_differentiated_and_vectorized() -> None:
     def first_update(b1: jax.Array, x: jax.Array) -> jax.Array:
         tx = sophia_optax.scale_by_sophia(b1=b1, gamma=1.0)
