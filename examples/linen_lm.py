@@ -76,7 +76,7 @@ def main(steps: int, batch_size: int) -> list[float]:
     schedule = functools.partial(learning_rate, peak=2e-3, warmup=0.2, steps=steps)
     tx = optax.chain(
         optax.clip_by_global_norm(1.0),
-        sophia_optax.sophia_g(schedule, b1=0.9, weight_decay=0.1, mask=is_matrix),
+        sophia_optax.sophia_g(schedule, weight_decay=0.1, mask=is_matrix),
     )
 
     def init() -> sophia_optax.linen.TrainState:

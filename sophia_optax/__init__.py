@@ -16,6 +16,7 @@
 Adapters for Flax are in `sophia_optax.nnx` and `sophia_optax.linen`, which need Flax.
 """
 
+from sophia_optax._alias import PAPER as PAPER
 from sophia_optax._alias import sophia_g as sophia_g
 from sophia_optax._alias import sophia_h as sophia_h
 from sophia_optax._batching import curvature_batch as curvature_batch

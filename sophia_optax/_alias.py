@@ -1,6 +1,7 @@
 """`sophia_h` and `sophia_g`: the transform with weight decay and a learning rate."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, TypeAlias, cast
 
 import optax
@@ -11,6 +12,7 @@ from sophia_optax._hutchinson import hutchinson
 from sophia_optax._in_eigenbasis import in_eigenbasis
 from sophia_optax._scale_by_sophia import FLOAT32, Gamma, scale_by_sophia
 from sophia_optax._types import HessianFn, LossFn, Params, Scalar
+from sophia_optax._win_rate_target import win_rate_target
 
 Eigenbasis: TypeAlias = bool | Mapping[str, Any]
 """Whether to step in the eigenbasis, or with what keywords of `in_eigenbasis`."""
@@ -18,13 +20,39 @@ Eigenbasis: TypeAlias = bool | Mapping[str, Any]
 Mask: TypeAlias = Any
 """A pytree of booleans, a prefix of the params, or a callable from params to one."""
 
+GAMMA_G = win_rate_target(0.7)
+
+_PAPER = {
+    "b1": 0.96,
+    "b2": 0.99,
+    "eps": 1e-12,
+    "clip_threshold": 1.0,
+    "update_interval": 10,
+    "weight_decay": 0.2,
+    "bias_correction": False,
+    "absolute_curvature": False,
+}
+
+PAPER: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "sophia_g": MappingProxyType({**_PAPER, "gamma": 0.05}),
+        "sophia_h": MappingProxyType({**_PAPER, "gamma": 0.01}),
+    }
+)
+"""The paper's hyperparameters and its algorithm, as keywords of `sophia_g` and of `sophia_h`.
+
+Use `sophia_g(learning_rate, **PAPER["sophia_g"])`. They are for GPT-2 and 100,000 steps and more
+(Liu et al. 2023, section 3.1). The authors' code has b1 = 0.965. `bias_correction=False` and
+`absolute_curvature=False` undo what this library changes of the algorithm.
+"""
+
 
 def sophia_h(
     learning_rate: optax.ScalarOrSchedule,
-    b1: Scalar = 0.965,
+    b1: Scalar = 0.9,
     b2: Scalar = 0.99,
     eps: Scalar = 1e-12,
-    gamma: Gamma = 0.01,
+    gamma: Gamma = 0.02,
     clip_threshold: Scalar | None = 1.0,
     update_interval: Scalar = 10,
     weight_decay: Scalar = 1e-4,
@@ -67,7 +95,8 @@ def sophia_h(
 
     - `learning_rate`: η, a number or an Optax schedule. With the clip at 1 it is the largest step
       of a coordinate. The paper takes 0.8 of AdamW's for GPT-2 sizes.
-    - `gamma`: the default is the paper's for Sophia-H.
+    - `b1` and `gamma`: the defaults are those that needed a learning rate alone in short runs
+      (`benchmarks/defaults.py`). `PAPER["sophia_h"]` has the paper's b1 = 0.96 and γ = 0.01.
     - `weight_decay`: λ, decoupled, at least 0. Default: Optax's for AdamW; for language models 0.1
       to 0.2 is common (the paper: 0.2).
     - `mask`: which params decay, as in `optax.adamw`.
@@ -105,10 +134,10 @@ def sophia_h(
 
 def sophia_g(
     learning_rate: optax.ScalarOrSchedule,
-    b1: Scalar = 0.965,
+    b1: Scalar = 0.9,
     b2: Scalar = 0.99,
     eps: Scalar = 1e-12,
-    gamma: Gamma = 0.05,
+    gamma: Gamma = GAMMA_G,
     clip_threshold: Scalar | None = 1.0,
     update_interval: Scalar = 10,
     weight_decay: Scalar = 1e-4,
@@ -150,13 +179,16 @@ def sophia_g(
       ...     if step % 10 == 0:
       ...         print(f"{loss:.2f}")
       1.10
-      0.35
-      0.15
-      0.09
-      0.05
+      0.38
+      0.17
+      0.10
+      0.06
 
-    The arguments are those of `sophia_h`, with the paper's gamma for Sophia-G. This estimator's h
-    is never negative, so that `absolute_curvature` makes no difference.
+    The arguments are those of `sophia_h`. The defaults of `b1` and `gamma` are those that needed a
+    learning rate alone in `benchmarks/defaults.py`: γ follows from a win rate of 0.7. Pass a number
+    as `gamma` with `clip_threshold=None`, where there is no win rate. `PAPER["sophia_g"]` has the
+    paper's b1 = 0.96 and γ = 0.05. This estimator's h is never negative, so that
+    `absolute_curvature` makes no difference.
 
     Returns:
       A transformation whose `update(grads, state, params, hessian_fn=...)` needs the params.

@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import sophia_optax
-from tests import problems
+from tests import oracles, problems
 
 PARAMS = {"w": jnp.array([[1.0, -2.0], [0.5, 3.0]]), "b": jnp.array([0.1, -0.3, 0.7])}
 GRADS = {"w": jnp.array([[0.3, -0.1], [2.0, -5.0]]), "b": jnp.array([1e-3, 0.0, -0.4])}
@@ -75,10 +75,10 @@ def test_defaults_are_the_documented_ones(alias: Callable[..., Any]) -> None:
         if parameter.default is not inspect.Parameter.empty
     }
     assert defaults == {
-        "b1": 0.965,
+        "b1": 0.9,
         "b2": 0.99,
         "eps": 1e-12,
-        "gamma": 0.01 if alias is sophia_optax.sophia_h else 0.05,
+        "gamma": 0.02 if alias is sophia_optax.sophia_h else sophia_optax.win_rate_target(0.7),
         "clip_threshold": 1.0,
         "update_interval": 10,
         "weight_decay": 1e-4,
@@ -112,12 +112,60 @@ def test_the_transform_has_the_same_defaults() -> None:
 
 
 def test_defaults_act_as_their_values() -> None:
-    explicit = sophia_optax.sophia_g(1e-2, 0.965, 0.99, 1e-12, 0.05, 1.0, 10, 1e-4, None)
+    target = sophia_optax.win_rate_target(0.7)
+    explicit = sophia_optax.sophia_g(1e-2, 0.9, 0.99, 1e-12, target, 1.0, 10, 1e-4, None)
     chex.assert_trees_all_equal(
         updates_of(explicit, 12), updates_of(sophia_optax.sophia_g(1e-2), 12)
     )
     h, g = updates_of(sophia_optax.sophia_h(1e-2)), updates_of(sophia_optax.sophia_g(1e-2))
     assert not np.array_equal(h["w"], g["w"])
+
+
+@each_alias
+def test_paper_has_the_papers_numbers_and_algorithm(alias: Callable[..., Any]) -> None:
+    """Of section 3.1 of the paper, through clipped and free steps and curvature of both signs."""
+    start, steps = np.array([1.0, -2.0, 0.5, 0.2]), 30
+    scales = np.array([0.3, 4.0, 50.0, -1.0])
+    gamma = 0.01 if alias is sophia_optax.sophia_h else 0.05
+
+    def grads(params: Any, t: Any) -> Any:
+        return gamma * scales * params
+
+    def estimate(params: Any, t: Any) -> Any:
+        return scales * (1 + t % 3)
+
+    expected = oracles.sophia_trajectory(
+        grads,
+        estimate,
+        start,
+        steps=steps,
+        learning_rate=0.05,
+        b1=0.96,
+        b2=0.99,
+        eps=1e-12,
+        gamma=gamma,
+        clip_threshold=1.0,
+        update_interval=10,
+        weight_decay=0.2,
+        bias_correction=False,
+    )
+    with jax.enable_x64(True):
+        tx = alias(0.05, nu_dtype=jnp.dtype("float64"), **sophia_optax.PAPER[alias.__name__])
+        params, state = jnp.asarray(start), tx.init(jnp.asarray(start))
+        found = []
+        for t in range(steps):
+            h = estimate(params, t)
+            updates, state = tx.update(
+                grads(params, t), state, params, hessian_fn=lambda key, h=h: h
+            )
+            params = optax.apply_updates(params, updates)
+            found.append(params)
+    np.testing.assert_allclose(found, expected[1:], rtol=1e-12, atol=1e-13)
+
+
+def test_paper_cannot_be_changed() -> None:
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        sophia_optax.PAPER["sophia_g"]["gamma"] = 1.0  # pyright: ignore[reportIndexIssue]
 
 
 @each_alias

@@ -48,7 +48,7 @@ def first_gamma(grads: Any = GRADS, curvature: Any = CURVATURE, **keywords: Any)
     return float(sophia_optax.diagnostics(step(tx, tx.init(grads), grads, curvature)[1]).gamma)
 
 
-def numpy_quantile(target: float, b1: float = 0.965) -> float:
+def numpy_quantile(target: float, b1: float = 0.9) -> float:
     m = np.concatenate([(1 - b1) * np.abs(np.asarray(g)) for g in GRADS.values()])
     h = np.concatenate([np.asarray(h) for h in CURVATURE.values()])
     return float(np.quantile(m / h, target))
@@ -361,7 +361,7 @@ def test_it_runs_under_inject_hyperparams() -> None:
     _, state = jax.jit(lambda s: tx.update(GRADS, s, GRADS, hessian_fn=lambda key: CURVATURE))(
         tx.init(GRADS)
     )
-    assert abs(float(sophia_optax.diagnostics(state).win_rate) - 0.3) < 0.005
+    assert abs(float(sophia_optax.diagnostics(state).win_rate) - 0.3) < 0.01
 
 
 def test_counting_holds_no_array() -> None:

@@ -22,6 +22,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 ABLATIONS = {"rare_rows.py", "warmup.py"}
 
 PUBLIC_NAMES = {
+    "PAPER",
     "Coordinates",
     "InEigenbasisState",
     "MatrixAxes",
@@ -68,7 +69,8 @@ def test_the_public_names_are_those_of_the_contract() -> None:
     assert all(hasattr(sophia_optax, name) for name in PUBLIC_NAMES)
 
 
-@pytest.mark.parametrize("name", sorted(PUBLIC_NAMES))
+# A mapping has no docstring of its own; the one below it is in docs/api.md.
+@pytest.mark.parametrize("name", sorted(PUBLIC_NAMES - {"PAPER"}))
 def test_every_public_name_is_documented(name: str) -> None:
     assert getattr(sophia_optax, name).__doc__
 
