@@ -53,8 +53,9 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path} has a relative import"
-            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+            package = path.parents[node.level - 1].relative_to(ROOT).parts if node.level else ()
+            module = ".".join([*package, *([node.module] if node.module else [])])
+            found.update(f"{module}.{alias.name}" for alias in node.names)
     return found
 
 
