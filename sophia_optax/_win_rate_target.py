@@ -163,14 +163,14 @@ def win_rate_target(
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, sophia_optax
-      >>> loss_fn = lambda x: jnp.sum(jnp.arange(1.0, 11.0) * x**2)
+      >>> loss_fn = lambda x: jnp.sum(jnp.arange(1.0, 21.0) * x**2)
       >>> tx = sophia_optax.sophia_h(0.01, gamma=sophia_optax.win_rate_target(0.4))
       >>> @jax.jit
       ... def train_step(x, state):
       ...     hessian_fn = sophia_optax.hutchinson(loss_fn, x)
       ...     updates, state = tx.update(jax.grad(loss_fn)(x), state, x, hessian_fn=hessian_fn)
       ...     return optax.apply_updates(x, updates), state
-      >>> x = jnp.arange(1.0, 11.0)
+      >>> x = jnp.arange(1.0, 21.0)
       >>> state = tx.init(x)
       >>> x, state = train_step(x, state)
       >>> print(f"{sophia_optax.diagnostics(state).win_rate:.1f}")

@@ -1,11 +1,14 @@
 """What holds for every test: where JAX runs, types checked at run time, how hypothesis searches."""
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import hypothesis
 import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import install_import_hook
 
 from tests import typechecking
@@ -24,3 +27,14 @@ hypothesis.settings.register_profile(
     print_blob=True,
 )
 hypothesis.settings.load_profile("sophia_optax")
+
+
+@pytest.fixture(scope="module")
+def no_cache() -> Iterator[None]:
+    """Turns the compilation cache off until the module's last test."""
+    folder = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", folder)
+    compilation_cache.reset_cache()

@@ -214,8 +214,8 @@ def test_an_estimator_communicates_what_its_derivative_does(
         assert not hlo.collectives(compiled, predictions) - hlo.collectives(alone, predictions)
 
 
-def test_the_update_communicates_scalars_alone_and_only_in_a_refresh(setup: Setup) -> None:
-    tx = sophia_optax.sophia_g(1e-2)
+def lowered_update(setup: Setup, tx: Any) -> Any:
+    """The update alone, to be traced with a `refresh`."""
     state = jax.jit(tx.init)(setup.params)
 
     def update(params: Any, state: Any, grads: Any, estimate: Any, *, refresh: bool | None) -> Any:
@@ -229,7 +229,20 @@ def test_the_update_communicates_scalars_alone_and_only_in_a_refresh(setup: Setu
         static_argnames="refresh",
         out_shardings=(shardings(setup.params), shardings(state)),
     )
-    lower = functools.partial(jitted.lower, setup.params, state, setup.params, setup.params)
+    return functools.partial(jitted.lower, setup.params, state, setup.params, setup.params)
+
+
+def test_a_win_rate_target_communicates_a_number_a_shard_and_only_in_a_refresh(
+    setup: Setup,
+) -> None:
+    """XLA gathers the counts of the shards, where it could add them."""
+    lower = lowered_update(setup, sophia_optax.sophia_g(1e-2))
+    assert not hlo.collectives(lower(refresh=False).compile())
+    assert not hlo.collectives(lower(refresh=True).compile(), more_than=setup.mesh.size)
+
+
+def test_the_update_communicates_scalars_alone_and_only_in_a_refresh(setup: Setup) -> None:
+    lower = lowered_update(setup, sophia_optax.sophia_g(1e-2, gamma=0.05))
     sharded = any(axis for x in jax.tree.leaves(setup.params) for axis in x.sharding.spec)
     assert not hlo.collectives(lower(refresh=False).compile())
     for refresh in (True, None):

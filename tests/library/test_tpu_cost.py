@@ -5,7 +5,6 @@ Needs the extra `tpu`: `pip install -e '.[test,tpu]'`.
 
 import json
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,7 +12,6 @@ import jax.numpy as jnp
 import optax
 import pytest
 from flax import nnx
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import sophia_optax
@@ -33,15 +31,8 @@ PARAMS = {name: jax.ShapeDtypeStruct((SIDE, SIDE), jnp.float32) for name in "ab"
 ONE_PASS = 4 * SIZE * len(PARAMS)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def no_cache() -> Iterator[None]:
-    """What is compiled without a TPU cannot be read back from the compilation cache."""
-    folder = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_compilation_cache_dir", folder)
-    compilation_cache.reset_cache()
+# What is compiled without a TPU cannot be read back from the compilation cache.
+pytestmark = pytest.mark.usefixtures("no_cache")
 
 
 @pytest.fixture(scope="module")
