@@ -498,7 +498,7 @@ if tables:
 #
 # ### Compare tuning a win rate with tuning gamma
 #
-# Leave the second hyperparameter where the search began ($\gamma$ at Sophia-G's default of 0.05,
+# Leave the second hyperparameter where the search began ($\gamma$ at the paper's 0.05 for Sophia-G,
 # the win rate at 0.3) and tune the rest. How much higher is the tuning loss than after the full
 # search?
 
