@@ -144,7 +144,7 @@ def in_eigenbasis(
             count=jnp.zeros((), jnp.int32),
             rejected=jnp.zeros((), jnp.int32),
             # One leaf and not (): so optax.tree.map_params, whose placeholder has no leaves, finds
-            # something that is no parameter here.
+            # something that is not a parameter here.
             bases=tuple(turned) or jnp.zeros((), jnp.float32),
             inner=inner.init(params),
         )

@@ -42,7 +42,7 @@ class TrainState(train_state.TrainState):
     """
 
     params: Any = struct.field(pytree_node=True)  # Flax says FrozenDict; linen makes plain dicts.
-    tx: Any = struct.field(pytree_node=False)  # optax.MultiSteps is no GradientTransformation.
+    tx: Any = struct.field(pytree_node=False)  # optax.MultiSteps is not a GradientTransformation.
 
     def apply_gradients(
         self, *, grads: Any, hessian_fn: HessianFn | None = None, **kwargs: Any
@@ -82,7 +82,7 @@ class TrainState(train_state.TrainState):
 def _accepted(extra_args: dict[str, Any], update: Any, name_of_state: str) -> dict[str, Any]:
     """The keywords for an optimizer, without those of Sophia where it is another one.
 
-    It is asked by its signature: `optax.MultiSteps` takes all of them, and is no
+    Its signature decides: `optax.MultiSteps` takes all of them, and is not a
     `GradientTransformationExtraArgs`.
 
     Args:

@@ -92,5 +92,5 @@ def interpret(content: bytes) -> dict[Any, Any]:
         elif name not in IGNORED | {"STOP"}:
             raise ValueError(f"it has the opcode {name} at byte {position}")
     if len(stack) != 1 or not isinstance(stack[0], dict):
-        raise ValueError("it is no dictionary")
+        raise ValueError("it is not a dictionary")
     return stack[0]
