@@ -64,9 +64,10 @@ def train(folder: Path, flags: list[str], deadline: float) -> str:
 
 def seconds_of(lines: list[dict[str, Any]], tokens: int) -> tuple[float, float]:
     """Medians of steps without and with an estimate, the first few of a process left out."""
-    steps = [(line["step"], tokens / line["tokens_per_second"]) for line in lines]
-    plain = [seconds for step, seconds in steps[5:] if step % 10]
-    refresh = [seconds for step, seconds in steps[5:] if step % 10 == 0]
+    speeds = [(line["step"], line.get("tokens_per_second")) for line in lines[5:]]
+    steps = [(step, tokens / speed) for step, speed in speeds if speed]  # none where it compiled
+    plain = [seconds for step, seconds in steps if step % 10]
+    refresh = [seconds for step, seconds in steps if step % 10 == 0]
     return float(np.median(plain)), float(np.median(refresh))
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from . import data, record, run_folder, tokenizers
 from .checkpoint import Checkpoints
-from .config import MeshConfig, TrainConfig, UsageError
+from .config import CompareConfig, MeshConfig, TrainConfig, UsageError, for_optimizer
 from .run import resolve
 from .train import Trainer
 
@@ -23,6 +23,7 @@ class GenerateConfig:
 
     Attributes:
       out: the run's folder.
+      run: in the folder of a comparison, the optimizer whose model is sampled.
       prompt: what the text begins with.
       tokens: how many tokens to add.
       temperature: 1 samples from the model; towards 0 takes ever likelier tokens.
@@ -30,6 +31,7 @@ class GenerateConfig:
     """
 
     out: str
+    run: str | None = None
     prompt: str = "def "
     tokens: int = 200
     temperature: float = 0.8
@@ -83,11 +85,41 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 
+def trained(config: GenerateConfig) -> tuple[TrainConfig, str]:
+    """The run to sample from, and its name where the folder holds several.
+
+    Raises:
+      UsageError: there is none, or it has to be named.
+    """
+    made_by = record.command_of(record.read(run_folder.existing(config.out, "sample from")))
+    if made_by == "tune":
+        raise UsageError(
+            f"{config.out} was made by `tune`, which keeps no model. Train one with the command "
+            "that the search printed at its end, and name its folder."
+        )
+    if made_by == "train":
+        run = record.stored(TrainConfig, config.out)
+        if config.run not in (None, run.optimizer):
+            raise UsageError(
+                f"{config.out} holds one run, of {run.optimizer}. Leave out --run {config.run}."
+            )
+        return run, ""
+    several = record.stored(CompareConfig, config.out)
+    names = several.optimizers
+    alone = len(names) == 1
+    name = names[0] if alone and config.run is None else config.run
+    if name not in names:
+        raise UsageError(
+            f"{config.out} holds the runs {', '.join(names)}. Choose one with --run NAME."
+        )
+    return for_optimizer(several, name), "" if alone else name
+
+
 def generate(config: GenerateConfig) -> None:
     """Prints the sample."""
     if config.temperature <= 0 or config.tokens < 1 or not config.prompt:
         raise UsageError("--temperature and --tokens have to be positive, and --prompt not empty.")
-    run = record.stored(TrainConfig, config.out)
+    run, name = trained(config)
     kept = Path(config.out) / run_folder.TOKENIZER
     kind, _, place = run.data.partition(":")
     if kind == "bin":
@@ -102,7 +134,10 @@ def generate(config: GenerateConfig) -> None:
         raise UsageError(
             f"{run.data} had no meta.pkl when the run began, so that its tokens cannot be printed."
         )
-    text = text_after(config.prompt.encode(), run, codec, config)
+    text = text_after(config.prompt.encode(), run, codec, config, name)
     if text is None:
-        raise UsageError(f"{config.out} holds no checkpoint yet. Wait for the run's first one.")
+        of_run = f" of {name}" if name else ""
+        raise UsageError(
+            f"{config.out} holds no checkpoint{of_run} yet. Wait for the run's first one."
+        )
     Console(markup=False, highlight=False).print(text)

@@ -1,7 +1,6 @@
 """The loop around the training step: batches in, metrics, validations and checkpoints out."""
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,6 +10,7 @@ import numpy as np
 
 from . import data, flops, hosts, mesh
 from .run import Run
+from .timing import StepClock
 from .train import Metrics, Trainer, TrainState
 
 
@@ -20,7 +20,7 @@ class Result:
 
     Attributes:
       records: the lines of metrics.jsonl, in order.
-      seconds: of each step, the first (which compiles) left out.
+      seconds: of each step, those that compile left out.
       refreshed: whether each of those steps estimated the curvature.
       validation_loss: after the last step, nats a token.
       steps: how many steps the state has behind it.
@@ -63,6 +63,10 @@ class Result:
 
 class Profile(Protocol):
     """What records some of the steps: `report.Profiler`, or nothing."""
+
+    def turns(self, taken: int) -> bool:
+        """Whether it starts or ends once this process has taken that many steps."""
+        ...
 
     def before(self, taken: int) -> None:
         """Called before each step, with the number that this process has taken."""
@@ -152,12 +156,14 @@ def fit(
                 "a longer --warmup or a smaller --clip-norm, with another --out."
             )
 
-    def report(step: int, metrics: Metrics, started: float) -> None:
+    def report(step: int, metrics: Metrics, ended: float | None = None) -> None:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        seconds = time.perf_counter() - started
-        if step > start:
+        program = trainer.program_at(step)
+        seconds = clock.end(ended, counts=program in compiled)
+        if program in compiled:
             result.seconds.append(seconds)
             result.refreshed.append(trainer.refreshes_at(step))
+        compiled.add(program)
         finite = all(math.isfinite(values[name]) for name in ("loss", "grad_norm"))
         if not finite:
             diverge(
@@ -166,25 +172,35 @@ def fit(
                 f"{values['grad_norm']:.3g}",
             )
         if step % config.log_interval == 0 or step in (config.steps - 1, result.diverged):
-            speed = config.batch_size * context / seconds
-            line = {"step": step, **values, "tokens_per_second": speed}
-            share = flops.utilization(run.model, speed, list(run.mesh.devices.flat))
-            record(line if share is None else line | {"mfu": share})
+            record({"step": step, **values, **speed()})
+
+    def speed() -> dict[str, float]:
+        """Of the steps since the last line."""
+        steps = clock.speed()
+        if steps is None:
+            return {}
+        tokens = steps * config.batch_size * context
+        share = flops.utilization(run.model, tokens, list(run.mesh.devices.flat))
+        return {"tokens_per_second": tokens} | ({} if share is None else {"mfu": share})
 
     def failed() -> bool:
         return config.stop_on_nan and result.diverged is not None
 
     late: Metrics | None = None
-    clock = time.perf_counter()
+    compiled: set[bool | None] = set()
+    clock = StepClock()
     for step in range(start, config.steps):
         if profile:
             profile.before(step - start)
+        if late is None:
+            clock.restart()
+        began = clock.now()
         batch = mesh.global_batch(next(batches), run.mesh)
+        device_waited = late is not None and late["loss"].is_ready()
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             state, metrics = trainer.step(state, batch, step)
         if late is not None:
-            report(step - 1, late, clock)
-            clock = time.perf_counter()
+            report(step - 1, late, began if device_waited else None)
         late, result.steps = metrics, step + 1
         if failed():
             break
@@ -194,8 +210,8 @@ def fit(
         saving = store and (done % config.save_interval == 0 or at_end)
         if store:
             store.check()
-        if validating or saving or at_end:
-            report(step, late, clock)
+        if validating or saving or at_end or (profile and profile.turns(done - start)):
+            report(step, late)
             late = None
             if validating and not failed() and (not stopping or done == config.steps):
                 result.validation_loss = held_out_loss(state)
@@ -206,7 +222,6 @@ def fit(
                 break
             if store and saving:
                 store.save(done, state, hosts.gather(batches.get_state()))
-            clock = time.perf_counter()
         if stopping:
             break
     if start == config.steps:  # stopped before, after its last step

@@ -138,7 +138,9 @@ def stored(kind: type[Config], out: str | None) -> Config:
     found = read(folder)
     command = command_of(found)
     if COMMANDS[command] is not kind:
-        raise UsageError(f"{folder} was made by `{command}`. Resume it with that command.")
+        raise UsageError(
+            f"{folder} was made by `{command}`. Resume it: {continuation(command, folder)}"
+        )
     hints = typing.get_type_hints(kind)
     values = {}
     for field in dataclasses.fields(kind):

@@ -123,6 +123,10 @@ class Profiler:
     def __init__(self, folder: Path, steps: int):
         self.folder, self.steps, self.recording = folder, steps, False
 
+    def turns(self, taken: int) -> bool:
+        """Whether it starts or ends before the next step; that takes seconds."""
+        return self.steps > 0 and taken in (self.COMPILING, self.COMPILING + self.steps)
+
     def before(self, taken: int) -> None:
         """Starts before the first step to record, and ends before the one after the last."""
         if self.steps and taken == self.COMPILING:
@@ -184,7 +188,8 @@ def training_line(record: dict[str, float]) -> str:
     parts = [f"loss {record['loss']:.3f}"]
     if "win_rate" in record:
         parts.append(f"win rate {record['win_rate']:.2f}")
-    parts.append(f"{record['tokens_per_second'] / 1e3:.1f}k tokens/s")
+    if "tokens_per_second" in record:
+        parts.append(f"{record['tokens_per_second'] / 1e3:.1f}k tokens/s")
     if "mfu" in record:
         parts.append(f"MFU {100 * record['mfu']:.1f} %")
     return "  ".join(parts)

@@ -46,8 +46,12 @@ Record = dict[str, Any]
 # --- finding it -----------------------------------------------------------------------------------
 
 
-def existing(out: str | None) -> Path:
+def existing(out: str | None, purpose: str = "resume") -> Path:
     """The folder of a run that is to be continued or read.
+
+    Args:
+      out: where it is.
+      purpose: what the run is needed for, in words.
 
     Raises:
       UsageError: there is none.
@@ -58,7 +62,8 @@ def existing(out: str | None) -> Path:
     with reading(folder):
         found = (folder / RECORD).is_file()
     if not found:
-        raise UsageError(f"{out} holds no run to resume. Check --out, or leave out --resume.")
+        instead = ", or leave out --resume" if purpose == "resume" else ""
+        raise UsageError(f"{out} holds no run to {purpose}. Check --out{instead}.")
     return folder
 
 

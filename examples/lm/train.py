@@ -207,9 +207,12 @@ class Trainer:
 
     def step(self, state: TrainState, batch: jax.Array, number: int) -> tuple[TrainState, Metrics]:
         """The compiled step; `number` is the state's own, known here without asking the device."""
+        return self._step(state, batch, self.point, self.program_at(number))
+
+    def program_at(self, step: int) -> bool | None:
+        """Which of the programs that a run compiles takes that step: `refresh` of `train_step`."""
         on_host = self.run.config.refresh == "host" and self.is_sophia
-        refresh = self.refreshes_at(number) if on_host else None
-        return self._step(state, batch, self.point, refresh)
+        return self.refreshes_at(step) if on_host else None
 
 
 def has_sophia(opt_state: optax.OptState) -> bool:

@@ -430,11 +430,10 @@ def test_the_metrics_file_is_one_json_object_a_line(finished):
     records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     training, validation = records[:-1], records[-1]
     assert [r["step"] for r in training] == list(range(12))
-    for record in training:
-        assert set(record) == {
-            *("run", "step", "loss", "grad_norm", "learning_rate", "win_rate", "gamma"),
-            "tokens_per_second",
-        }
+    names = {"run", "step", "loss", "grad_norm", "learning_rate", "win_rate", "gamma"}
+    assert set(training[0]) == names, "the first step compiles, which says nothing of the speed"
+    for record in training[1:]:
+        assert set(record) == names | {"tokens_per_second"}
     assert set(validation) == {"run", "step", "val_loss"}
 
 

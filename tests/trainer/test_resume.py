@@ -164,7 +164,8 @@ def test_a_half_written_file_ends_in_recovery_or_one_sentence(name, content, cop
 
 def test_a_run_is_resumed_by_the_command_that_began_it(copy, capsys):
     assert worker.run(["compare", "--resume", "--out", str(copy)]) == 2
-    assert "made by `train`" in capsys.readouterr().err
+    command = f"train --resume --out {copy}"
+    assert f"made by `train`. Resume it: python -m examples.lm {command}" in capsys.readouterr().err
     with pytest.raises(UsageError, match="made by `train`"):
         record.stored(CompareConfig, str(copy))
 
@@ -257,6 +258,40 @@ def test_a_comparison_keeps_the_others_results_when_one_diverges(tmp_path, monke
     assert runs["adamw"]["diverged"] is not None
     assert runs["sophia_g"]["validation_loss"] > 0
     assert "sophia_g ends at a validation loss" in capsys.readouterr().out
+
+
+# --- a sample of it -------------------------------------------------------------------------------
+
+
+def test_a_comparison_is_sampled_by_the_name_of_a_run_and_says_which_there_are(tmp_path, capsys):
+    folder = tmp_path / "several"
+    assert worker.run([*COMPARE, "--save-interval", "6", "--out", str(folder)]) == 0
+    sample = ["generate", "--out", str(folder), "--prompt", "import ", "--tokens", "3"]
+    capsys.readouterr()
+    for unnamed in ([], ["--run", "lion"]):
+        assert worker.run([*sample, *unnamed]) == 2
+        said = capsys.readouterr().err
+        assert "holds the runs adamw, sophia_g. Choose one with --run NAME" in said
+    for name in ("adamw", "sophia_g"):
+        assert worker.run([*sample, "--run", name]) == 0
+        assert capsys.readouterr().out.startswith("import ")
+    shutil.rmtree(folder / "checkpoints" / "sophia_g")
+    assert worker.run([*sample, "--run", "sophia_g"]) == 2
+    assert "no checkpoint of sophia_g yet" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_model_to_sample_is_one_sentence_about_sampling(copy, capsys):
+    sample = ["generate", "--out", str(copy)]
+    assert worker.run([*sample, "--run", "adamw"]) == 2
+    assert "holds one run, of sophia_g. Leave out --run adamw" in capsys.readouterr().err
+    change(copy / "run.json", optimizers=["adamw"], tries=1)
+    assert worker.run(sample) == 2
+    assert "made by `tune`, which keeps no model" in capsys.readouterr().err
+    (copy / "run.json").unlink()
+    assert worker.run(sample) == 2
+    said = capsys.readouterr().err
+    assert "holds no run to sample from. Check --out." in said
+    assert "--resume" not in said
 
 
 # --- what is printed ------------------------------------------------------------------------------
