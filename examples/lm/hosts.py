@@ -1,6 +1,7 @@
 """Several processes as one run: how they meet, agree on when to stop, and notice one that died."""
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -14,9 +15,13 @@ from typing import Any
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from .config import HostConfig, UsageError
+
+MEETING = 3600  # seconds; of a process that died, JAX tells the others long before
+_meetings = itertools.count()
 
 # Waits for its parent to close the pipe or to die, and speaks in the second case.
 WATCHER = "import sys; sys.stdin.read() or print(sys.argv[1], file=sys.stderr)"
@@ -124,8 +129,21 @@ def warn(sentence: str) -> None:
         print(f"Warning: {sentence}", file=sys.stderr)
 
 
+def meet() -> None:
+    """Waits until all processes are here.
+
+    The first collective between some devices is not for that: on CPUs, Gloo gives up if one of the
+    processes comes 30 seconds later than another. Compiling on a busy machine makes that much.
+    """
+    if jax.process_count() > 1:
+        # Not with multihost_utils.sync_global_devices, which is a collective itself.
+        barrier = ocp.multihost.get_barrier_sync_fn()
+        barrier(key=f"{__name__}.{next(_meetings)}", timeout_ms=1000 * MEETING)
+
+
 def gather(position: dict[str, Any]) -> list[dict[str, Any]]:
     """Every process's position in its data, for one of them to write down."""
+    meet()
     text = np.frombuffer(json.dumps(position).encode(), np.uint8)
     longest = int(np.max(multihost_utils.process_allgather(np.array(len(text)))))
     padded = np.pad(text, (0, longest - len(text)), constant_values=ord(" "))

@@ -196,6 +196,8 @@ def fit(
             clock.restart()
         began = clock.now()
         batch = mesh.global_batch(next(batches), run.mesh)
+        if step == start:
+            trainer.compile_with_the_others(state, batch)
         device_waited = late is not None and late["loss"].is_ready()
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             state, metrics = trainer.step(state, batch, step)

@@ -12,7 +12,7 @@ from flax import nnx
 
 import sophia_optax
 
-from . import mesh, optimizers
+from . import hosts, mesh, optimizers
 from .model import Transformer, compute_dtype
 from .run import Run
 
@@ -213,6 +213,15 @@ class Trainer:
         """Which of the programs that a run compiles takes that step: `refresh` of `train_step`."""
         on_host = self.run.config.refresh == "host" and self.is_sophia
         return self.refreshes_at(step) if on_host else None
+
+    def compile_with_the_others(self, state: TrainState, batch: jax.Array) -> None:
+        """Where there are several processes, has all of them compile before one of them steps."""
+        if jax.process_count() == 1:
+            return
+        for refresh in {self.program_at(0), self.program_at(1)}:
+            self.lower(state, batch, refresh).compile()
+        self.evaluate.lower(state.params, batch).compile()
+        hosts.meet()
 
 
 def has_sophia(opt_state: optax.OptState) -> bool:

@@ -37,8 +37,8 @@ def drill(request, tmp_path_factory):
     return folder, processes, losses(folder / "calm")
 
 
-def start(out, cache, processes, *flags):
-    """The run in so many processes, of eight devices together."""
+def start(out, cache, processes, *flags, late=0.0):
+    """The run in so many processes, of eight devices together; the last compiles late."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -47,7 +47,13 @@ def start(out, cache, processes, *flags):
         return [worker.start(arguments, 8, cache, pause=PAUSE)]
     arguments += ["--hosts.coordinator", address, "--hosts.processes", str(processes)]
     return [
-        worker.start([*arguments, "--hosts.process", str(i)], 8 // processes, cache, pause=PAUSE)
+        worker.start(
+            [*arguments, "--hosts.process", str(i)],
+            8 // processes,
+            cache,
+            pause=PAUSE,
+            late=late if i == processes - 1 else 0.0,
+        )
         for i in range(processes)
     ]
 
@@ -98,6 +104,11 @@ def interrupt(out, workers, number, rng):
     expected = {-signal.SIGKILL} if number == signal.SIGKILL else {0}
     assert set(codes) == expected, "\n".join([str(codes), *printed])
     return in_save
+
+
+def test_a_process_waits_for_another_one_that_compiles_forty_seconds_longer(tmp_path):
+    """Gloo waits for 30."""
+    finish(start(tmp_path / "run", tmp_path / "compiled", 2, late=40.0))
 
 
 @pytest.mark.parametrize(

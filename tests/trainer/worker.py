@@ -82,6 +82,7 @@ def run(
     arguments: list[str],
     stop_after: int | None = None,
     pause: float = 0.0,
+    late: float = 0.0,
     seen: Callable[[int], None] = lambda step: None,
 ) -> int:
     """`main` with a micro preset.
@@ -90,6 +91,7 @@ def run(
       arguments: the command line.
       stop_after: the step after whose log line SIGTERM comes.
       pause: seconds that every line takes, so that a run is not over before it is disturbed.
+      late: seconds that compiling the step takes longer.
       seen: called with the step of every training line.
     """
 
@@ -106,7 +108,13 @@ def run(
 
         return disturbed
 
+    def slow_to_compile(*args: Any, step: Any = Trainer.train_step) -> Any:
+        time.sleep(late)
+        return step(*args)
+
     with pytest.MonkeyPatch.context() as patch:
+        if late:
+            patch.setattr(Trainer, "train_step", slow_to_compile)
         patch.setitem(MODELS, "micro", MICRO)
         patch.setattr(report, "tracker", tracker)
         patch.setattr(compare, "Trainer", shared_trainer)
