@@ -402,6 +402,16 @@ def test_a_coordinate_at_a_trial_counts_as_clipped() -> None:
     np.testing.assert_array_equal(counts[:-2], 3 * (np.array(TRIAL_FACTORS) > 1))
 
 
+def test_coordinates_without_momentum_do_not_count() -> None:
+    """An embedding's rows that no token has touched yet would otherwise pass for unclipped."""
+    momenta = jnp.geomspace(0.01, 100, 50)
+    counts = [
+        unclipped_counts(m, jnp.ones_like(m)).astype(jnp.float32)
+        for m in (momenta, jnp.concatenate([jnp.zeros(50), momenta]))
+    ]
+    np.testing.assert_array_equal(*counts)
+
+
 def test_between_two_trials_the_logit_is_a_line_from_a_millionth_to_its_opposite() -> None:
     """All coordinates lie between a γ and the one four times as large."""
     counts = jnp.where(jnp.arange(len(TRIAL_FACTORS) + 2) < 10, 0.0, 100.0)[None]
