@@ -215,7 +215,7 @@ def train(params, state, step, mesh, steps=30):
     losses = []
     for i in range(steps):
         params, state, loss = step(params, state, batch_number(i, mesh))
-        losses.append(loss)
+        losses.append(float(loss))  # waits, which devices that a CPU simulates need
     return params, state, np.array(losses)
 
 

@@ -268,7 +268,7 @@ def train(setup: Setup, estimator: str, steps: int = 12) -> tuple[Any, np.ndarra
     before = shardings(state)
     for _ in range(steps):
         params, state, loss = train_step(params, state, setup.tokens_BxT)
-        losses.append(loss)
+        losses.append(float(loss))
     for old, new, x in zip(*map(jax.tree.leaves, (before, shardings(state), state)), strict=True):
         assert new.is_equivalent_to(old, x.ndim)
     win_rate = sophia_optax.diagnostics(state).win_rate
