@@ -96,7 +96,7 @@ def gauss_newton_bartlett(
         not track that: under `jax.pmap`, and in a `jax.shard_map` with `check_vma=False`.
 
     Returns:
-      A `HessianFn`: from a PRNG key to a pytree with the structure and shapes of the params, in
+      A `HessianFn`, from a PRNG key to a pytree with the structure and shapes of the params, in
       float32, or wider where a parameter is. Its unit is that of the mean loss's Hessian. In a
       `jax.shard_map` or `jax.pmap` that is the mean over the predictions of all shards.
 

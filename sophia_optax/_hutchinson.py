@@ -77,7 +77,7 @@ def hutchinson(
         `jax.shard_map` or `jax.pmap`: the loss is then averaged over them.
 
     Returns:
-      A `HessianFn`: from a PRNG key to a pytree with the structure and shapes of the params, in
+      A `HessianFn`, from a PRNG key to a pytree with the structure and shapes of the params, in
       float32, or wider where a parameter is.
 
     Raises:

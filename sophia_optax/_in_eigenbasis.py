@@ -114,7 +114,7 @@ def in_eigenbasis(
         `[features, heads, head size]` explicitly.
 
     Returns:
-      A transformation whose `update` takes what the inner one takes, and `refresh_basis`: None
+      A transformation whose `update` takes what the inner one takes, and `refresh_basis`. None
       decides by `lax.cond`, True or False fixes the branch when the step is traced. `hessian_fn`
       must be able to estimate in other coordinates, as `hutchinson` and `gauss_newton_bartlett`
       are (see `HessianFn`). Parameters that are not turned (vectors, scalars, those whose sides

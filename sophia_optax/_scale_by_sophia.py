@@ -235,12 +235,12 @@ def scale_by_sophia(
       seed: of the keys that the estimates are drawn with.
 
     Returns:
-      A transformation whose `update` takes two arguments more: `hessian_fn`, a `HessianFn`, and
-      `refresh`. With `refresh=None` it decides by `lax.cond` whether an estimate is due; True or
-      False fix that when the step is traced, for trainers that compile both and choose on the host
-      (and under `vmap`, where `lax.cond` would compute both branches). `params` may be None. Each
-      update has the dtype that its gradient and its parameter promote to. Leaves that are not
-      floating point get zeros.
+      A transformation whose `update` also takes `hessian_fn`, a `HessianFn`, and `refresh`. With
+      `refresh=None` it decides by `lax.cond` whether an estimate is due; True or False fix that
+      when the step is traced, for trainers that compile both and choose on the host (and under
+      `vmap`, where `lax.cond` would compute both branches). `params` may be None. Each update has
+      the dtype that its gradient and its parameter promote to. Leaves that are not floating point
+      get zeros.
 
     Raises:
       TypeError: if a hyperparameter is a callable, not a number or in half precision, or a dtype is

@@ -25,9 +25,19 @@ PLOTS = sorted((ROOT / "benchmarks/results").glob("*.png"))
 # The notebooks' badge is an image of another site, and this one loads none.
 BADGE = re.compile(r"^\[!\[.*?\]\(.*?\)\]\(.*?\)$", re.MULTILINE)
 
+# The code of notebooks is wider than a page beside its table of contents.
+WIDE = "---\nhide:\n  - toc\n---"
+
+# Names that a narrow column would split at their hyphen.
+CELL = re.compile(r"<t[dh]\b.*?</t[dh]>", re.DOTALL)
+NAME = re.compile(r"\b(?:Sophia-[GH]|GPT-2)\b")
+
 # A file of the repository, as a link from any page, and its place on the site.
 MOVED = (
-    (re.compile(r"\]\((?:\.\./)+benchmarks/results/(\w+\.png)\)"), "results/{}"),
+    (
+        re.compile(r"\]\((?:\.\./)+benchmarks/results/(\w+\.png)\)"),
+        "results/{}",
+    ),
     (re.compile(r"\]\((?:\.\./)+notebooks/(\w+)\.ipynb\)"), "notebooks/{}.md"),
     (re.compile(r"\]\((?:\.\./)+docs/([\w/-]+\.md(?:#[\w-]+)?)\)"), "{}"),
 )
@@ -37,7 +47,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the notebooks and the plots."""
     for path in PLOTS:
         files.append(
-            File.generated(config, f"results/{path.name}", abs_src_path=str(path))
+            File.generated(
+                config, f"results/{path.name}", abs_src_path=str(path)
+            )
         )
     for path in NOTEBOOKS:
         text, figures = page_of(json.loads(path.read_text()), path.stem)
@@ -68,8 +80,12 @@ def on_page_markdown(markdown: str, page: Page, **kwargs: Any) -> str:
 
 
 def on_page_content(content: str, **kwargs: Any) -> str:
-    """Converts formulas to MathML, which needs no script."""
+    """Keeps names in tables whole, and makes MathML of formulas."""
     del kwargs
+    content = CELL.sub(
+        lambda cell: NAME.sub(r'<span class="whole">\g<0></span>', cell[0]),
+        content,
+    )
     content = re.sub(
         r'<span class="arithmatex">\\\((.*?)\\\)</span>',
         lambda formula: mathml(formula[1], "inline"),
@@ -94,7 +110,9 @@ def mathml(formula: str, display: str) -> str:
     return latex2mathml.converter.convert(latex, display=display)
 
 
-def page_of(notebook: dict[str, Any], name: str) -> tuple[str, dict[str, bytes]]:
+def page_of(
+    notebook: dict[str, Any], name: str
+) -> tuple[str, dict[str, bytes]]:
     """A notebook as Markdown, and its figures by file name."""
     parts, figures = [], {}
     for cell in notebook["cells"]:
@@ -119,7 +137,7 @@ def page_of(notebook: dict[str, Any], name: str) -> tuple[str, dict[str, bytes]]
 def shown(output: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
     """An output as Markdown, or as a figure."""
     if output["output_type"] == "stream":
-        yield f"```text\n{''.join(output['text']).rstrip()}\n```", b""
+        yield printed("".join(output["text"]).rstrip()), b""
         return
     data = output["data"]
     if "image/png" in data:
@@ -127,4 +145,9 @@ def shown(output: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
     elif "text/html" in data:
         yield f'<div class="output">{"".join(data["text/html"])}</div>', b""
     else:
-        yield f"```text\n{''.join(data['text/plain'])}\n```", b""
+        yield printed("".join(data["text/plain"])), b""
+
+
+def printed(text: str) -> str:
+    """A block of text that is not wrapped, because it may be a table."""
+    return f"``` {{.text .printed}}\n{text}\n```"

@@ -117,9 +117,16 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     page = (tmp_path / "api" / "index.html").read_text()
     assert 'id="sophia_optax.sophia_g"' in page
     assert "Examples:" in page, "the docstrings' examples are sections with code"
+    assert not re.findall("<code>[^<]*`[^<]*", page), "a colon made a type of a sentence"
     notebook = (tmp_path / "notebooks/01_sophia_from_scratch/index.html").read_text()
     assert "<math" in notebook
     assert "arithmatex" not in notebook, "every formula is MathML"
+    assert 'class="language-text printed' in notebook, "what a cell printed is not wrapped"
+    advice = (tmp_path / "choosing-hyperparameters/index.html").read_text()
+    assert 'class="language-text highlight"' in advice, "other text wraps"
+    cells = " ".join(re.findall("<t[dh]>.*?</t[dh]>", advice))
+    assert "Sophia-G" in cells
+    assert "Sophia-" not in re.sub('class="whole">Sophia-[GH]<', "", cells), "no name is split"
     assert (tmp_path / "results/lm_race.png").is_file()
 
 
