@@ -197,3 +197,26 @@ def zeros_of(shapes: PyTree[jax.ShapeDtypeStruct]) -> PyTree[Array]:
         return _manual_axes.vary_like(like, struct)
 
     return jax.tree.map(zeros, shapes)
+
+
+def numbers(vector: Array) -> list[Array]:
+    """The elements of a vector.
+
+    XLA for CPU compiles kernels that are alike once, and an element's place is part of the kernel
+    that takes it. So rows of 32 are taken first, by a sum over the others that XLA does not merge
+    with what follows: 1000 elements make 63 kernels, instead of 1000 in each use.
+
+    Args:
+      vector: of any length.
+
+    Returns:
+      As many scalars.
+    """
+    width = 32
+    if vector.size <= width:
+        return [vector[place] for place in range(vector.size)]
+    height = -(-vector.size // width)
+    rows = jnp.pad(vector, (0, height * width - vector.size)).reshape(height, width)
+    places = jnp.arange(height)[:, None]
+    taken = [jnp.where(places == row, rows, 0).sum(axis=0) for row in range(height)]
+    return [row[place] for row in taken for place in range(width)][: vector.size]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 AxisName: TypeAlias = str | tuple[str, ...]
@@ -67,6 +68,25 @@ def sum_of_all_shards(parts: list[Array]) -> Array:
         axes = varying(part)
         by_axes[axes] = by_axes[axes] + part if axes in by_axes else part
     return sum(total(part, axes) for axes, part in by_axes.items())  # pyright: ignore
+
+
+def sums_of_all_shards(parts: list[Array]) -> Array:
+    """The sum of each array over the axes that it varies over, stacked.
+
+    Args:
+      parts: arrays of one shape. Those that vary over the same axes communicate once.
+
+    Returns:
+      An array with an axis more, the first one.
+    """
+    by_axes: dict[tuple[str, ...], list[int]] = {}
+    for place, part in enumerate(parts):
+        by_axes.setdefault(varying(part), []).append(place)
+    sums = [total(jnp.stack([parts[i] for i in of]), axes) for axes, of in by_axes.items()]
+    if len(sums) == 1:
+        return sums[0]
+    places = [place for of in by_axes.values() for place in of]
+    return jnp.concatenate(sums)[jnp.array(sorted(range(len(parts)), key=places.__getitem__))]
 
 
 def size_on_all_shards(x: Array) -> int:

@@ -355,10 +355,9 @@ def transformation(
             curvature = refreshed() if refresh else old
             decay = rule.b1
 
-        scales = [
-            rule.scale(gamma, curvature.refreshes)
-            for gamma in control.gammas(curvature.gamma, leaves)
-        ]
+        scales = control.gammas(
+            curvature.gamma, leaves, lambda gamma: rule.scale(gamma, curvature.refreshes)
+        )
         ms = [rule.momentum(m, g, decay) for m, g in zip(old_ms, gs, strict=True)]
         us = [
             rule.step(rule.lookahead(m, g), h, scale)
@@ -427,8 +426,9 @@ def _refresh(
     # One sum tells both how many coordinates are not clipped and, by being NaN, that h is not
     # finite somewhere; so a sharded refresh adds a single all-reduce, of a scalar.
     unclipped = [jnp.zeros((), jnp.float32)]
-    for m, h, leaf_gamma in zip(momenta, hs, control.gammas(gamma, leaves), strict=True):
-        limit = rule.largest_unclipped(h, rule.scale(leaf_gamma, refreshes))
+    scales = control.gammas(gamma, leaves, lambda gamma: rule.scale(gamma, refreshes))
+    for m, h, scale in zip(momenta, hs, scales, strict=True):
+        limit = rule.largest_unclipped(h, scale)
         takes_own_step = (jnp.abs(m) < limit).astype(jnp.float32)
         unclipped.append(jnp.sum(jnp.where(jnp.isfinite(h), takes_own_step, jnp.nan)))
     total = _manual_axes.sum_of_all_shards(unclipped)

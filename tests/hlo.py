@@ -1,12 +1,21 @@
 """Counts in what XLA compiled, read with the parser of `examples.lm.hlo`."""
 
 import collections
+import re
 from typing import Any
 
 from benchmarks.lib.programs import donated_update as donated_step
 from examples.lm import hlo
 
-__all__ = ["COLLECTIVES", "collectives", "copies", "donated_step", "entry_passes", "instructions"]
+__all__ = [
+    "COLLECTIVES",
+    "collectives",
+    "copies",
+    "distinct_computations",
+    "donated_step",
+    "entry_passes",
+    "instructions",
+]
 
 # In the entry computation these touch no memory, or are counted elsewhere.
 NO_PASS = ("parameter", "tuple", "get-tuple-element", "bitcast", "conditional")
@@ -42,6 +51,24 @@ def collectives(compiled: Any, more_than: int = 0) -> collections.Counter[str]:
         if opcode in COLLECTIVES:
             counts[opcode] += sum(size > more_than for size in elements)
     return +counts
+
+
+def distinct_computations(compiled: Any) -> int:
+    """How many computations of a program differ by more than names; XLA for CPU compiles each once.
+
+    Args:
+        compiled: a compiled function.
+
+    Returns:
+        Their number, the entry computation included.
+    """
+    text = re.sub(r", metadata=\{[^}]*\}", "", compiled.as_text())
+
+    def renamed(body: str) -> str:
+        names: dict[str, str] = {}
+        return re.sub(r"%[\w.-]+", lambda name: names.setdefault(name[0], f"%{len(names)}"), body)
+
+    return len({renamed(body) for body in hlo.computations(text).values()})
 
 
 def copies(compiled: Any, at_least: int) -> int:

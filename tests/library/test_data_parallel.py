@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 import sophia_optax
+from sophia_optax import _manual_axes
 
 P = PartitionSpec
 SHARDS, EXAMPLES, FEATURES, CLASSES = 8, 64, 8, 5
@@ -258,3 +259,16 @@ def test_steps_by_hand_are_those_of_jit(style: str, per_tensor: bool) -> None:
         found, expected = by_hand(*found, X, SCALES), by_jit(*expected, X, SCALES)
     chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-6)
     assert 0 < sophia_optax.diagnostics(found[1]).win_rate < 1
+
+
+def test_counts_of_all_leaves_are_summed_over_the_shards_at_once() -> None:
+    def sums(split: jax.Array, whole: jax.Array) -> jax.Array:
+        return _manual_axes.sums_of_all_shards([whole, split, 2 * whole, 3 * split])
+
+    specs = {"mesh": mesh(), "in_specs": (P("d"), P()), "out_specs": P()}
+    mapped = jax.shard_map(sums, **specs)
+    found = mapped(jnp.arange(2 * SHARDS), jnp.array([5, 7]))
+    split = np.arange(2 * SHARDS).reshape(SHARDS, 2).sum(axis=0)
+    np.testing.assert_array_equal(found, [[5, 7], split, [10, 14], 3 * split])
+    jaxpr = str(jax.make_jaxpr(mapped)(jnp.arange(2 * SHARDS), jnp.array([5, 7])))
+    assert jaxpr.count("psum") == 1

@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import sophia_optax
+from sophia_optax._win_rate_target import SMALL, TRIAL_FACTORS, unclipped_counts
 from tests import hlo
 
 BATCH, LENGTH, VOCABULARY, WIDTH, HIDDEN = 16, 4, 32, 16, 64
@@ -232,13 +233,31 @@ def lowered_update(setup: Setup, tx: Any) -> Any:
     return functools.partial(jitted.lower, setup.params, state, setup.params, setup.params)
 
 
-def test_a_win_rate_target_communicates_a_number_a_shard_and_only_in_a_refresh(
+def test_a_win_rate_target_adds_one_sum_over_the_devices_and_only_in_a_refresh(
     setup: Setup,
 ) -> None:
-    """XLA gathers the counts of the shards, where it could add them."""
+    """One of the counts of all leaves, where a fixed γ has the one of the win rate alone."""
     lower = lowered_update(setup, sophia_optax.sophia_g(1e-2))
     assert not hlo.collectives(lower(refresh=False).compile())
-    assert not hlo.collectives(lower(refresh=True).compile(), more_than=setup.mesh.size)
+    compiled = lower(refresh=True).compile()
+    assert set(hlo.collectives(compiled)) <= {"all-reduce"}
+    assert not hlo.collectives(compiled, more_than=len(TRIAL_FACTORS) + 2)
+    # Where leaves are split over different axes, XLA sums over each of them in turn.
+    fixed = lowered_update(setup, sophia_optax.sophia_g(1e-2, gamma=0.05))
+    sums, sums_of_fixed = (
+        [opcode for opcode, _ in hlo.instructions(program.as_text())].count("all-reduce")
+        for program in (compiled, fixed(refresh=True).compile())
+    )
+    assert sums <= 2 * sums_of_fixed
+
+
+def test_a_win_rate_target_moves_a_number_a_device_for_a_count_of_a_large_leaf() -> None:
+    """XLA gathers the counts, where it could add them."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    leaf = jax.ShapeDtypeStruct((2 * SMALL,), jnp.float32, sharding=rows)
+    counted = jax.jit(unclipped_counts, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    assert not hlo.collectives(counted.lower(leaf, leaf).compile(), more_than=mesh.size)
 
 
 def test_the_update_communicates_scalars_alone_and_only_in_a_refresh(setup: Setup) -> None:

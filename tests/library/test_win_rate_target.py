@@ -16,7 +16,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import sophia_optax
 from sophia_optax import win_rate_target
-from sophia_optax._win_rate_target import TRIAL_FACTORS, quantile_factors, unclipped_counts
+from sophia_optax._arrays import numbers
+from sophia_optax._win_rate_target import (
+    SMALL,
+    TRIAL_FACTORS,
+    quantile_factors,
+    unclipped_counts,
+)
 
 KEYS = jax.random.split(jax.random.key(0), 8)
 SIZE = 2000
@@ -244,6 +250,22 @@ def test_a_leaf_of_more_than_2_to_the_24_elements_is_counted_right() -> None:
     counts = jax.jit(unclipped_counts)(jnp.full(size, 0.5), jnp.ones(size))
     assert counts[-1] == size
     assert counts[len(TRIAL_FACTORS) // 2] == size
+
+
+def test_small_and_large_leaves_are_counted_alike() -> None:
+    momentum, curvature = lognormal(KEYS[5])[:SMALL], lognormal(KEYS[6])[:SMALL]
+    momentum, curvature = momentum.at[:9].set(0), curvature.at[4:12].set(0)
+    gradient = momentum.at[20:40].set(0)
+    small = unclipped_counts(momentum, curvature, 0.3, gradient)
+    # A coordinate without momentum, curvature and gradient counts nowhere.
+    padded = [jnp.pad(x, (0, SMALL)) for x in (momentum, curvature, gradient)]
+    np.testing.assert_array_equal(small, unclipped_counts(*padded[:2], 0.3, padded[2]))
+
+
+@pytest.mark.parametrize("size", [0, 1, 32, 33, 97])
+def test_the_numbers_of_a_vector_are_its_elements(size: int) -> None:
+    vector = 2.0 ** jnp.arange(-size, size, 2)
+    np.testing.assert_array_equal(jax.jit(numbers)(vector), vector)
 
 
 MAGNITUDES = st.one_of(st.just(0.0), st.floats(-38, 38).map(lambda exponent: 10.0**exponent))

@@ -5,6 +5,7 @@ less, so that both AdamW and Sophia pass over memory more often here.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -89,21 +90,33 @@ def test_a_refresh_holds_what_its_estimate_does_and_nothing_more(sophia: Any) ->
     assert with_branch.temporaries <= alone + 0.01
 
 
+@functools.cache
+def step_of_many_leaves(leaves: int, gamma: Any) -> Any:
+    params = {f"{i:03d}": jax.ShapeDtypeStruct((4,), jnp.float32) for i in range(leaves)}
+    return hlo.donated_step(
+        sophia_optax.sophia_g(1e-3, gamma=gamma),
+        params,
+        hessian_fn=lambda params: lambda key: jax.tree.map(jnp.square, params),
+    )
+
+
 @pytest.mark.parametrize("gamma", [0.05, sophia_optax.win_rate_target()], ids=["fixed", "target"])
 def test_the_program_grows_as_the_number_of_leaves_does(gamma: Any) -> None:
     """Not as its square, as where each leaf's choice computes the sum over all leaves again."""
 
     def size(leaves: int) -> tuple[int, int]:
-        params = {f"{i:03d}": jax.ShapeDtypeStruct((4,), jnp.float32) for i in range(leaves)}
-        compiled = hlo.donated_step(
-            sophia_optax.sophia_g(1e-3, gamma=gamma),
-            params,
-            hessian_fn=lambda params: lambda key: jax.tree.map(jnp.square, params),
-        )
+        compiled = step_of_many_leaves(leaves, gamma)
         return len(hlo.instructions(compiled.as_text())), len(compiled.as_text())
 
-    for few, many in zip(size(8), size(32), strict=True):
-        assert many <= 4 * few
+    for few, many in zip(size(33), size(64), strict=True):
+        assert many <= 64 / 33 * few
+
+
+@pytest.mark.parametrize("gamma", [0.05, sophia_optax.win_rate_target()], ids=["fixed", "target"])
+def test_leaves_of_one_shape_share_their_kernels(gamma: Any) -> None:
+    """A target takes γ from a vector, and a kernel that knows the place is not that of another."""
+    few, many = (hlo.distinct_computations(step_of_many_leaves(n, gamma)) for n in (33, 64))
+    assert many <= few + 8
 
 
 def test_a_limit_of_the_estimate_adds_no_temporary_no_copy_and_no_pass_around_the_branch(
