@@ -25,22 +25,19 @@ every shard are drawn with a key of its own, W is summed over the shards, and so
 squared. With the same key on each shard the terms of two predictions would not vanish.
 """
 
-import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from sophia_optax import _arrays, _checks, _manual_axes, _trees
 from sophia_optax._likelihoods import categorical
 from sophia_optax._manual_axes import AxisName
+from sophia_optax._outputs import Outputs, Sampling, fit_weights
 from sophia_optax._types import Coordinates, HeadFn, HessianFn, Likelihood, OutputsFn, Params
-
-Sampling: TypeAlias = Literal["labels", "curvature_propagation"]
 
 
 def gauss_newton_bartlett(
@@ -108,13 +105,13 @@ def gauss_newton_bartlett(
     _checks.check_count("num_samples", num_samples)
     _checks.check_choice("sampling", sampling, ("labels", "curvature_propagation"))
     _check_head(head_fn, head_chunk)
-    outputs = _Outputs.of(likelihood, weights, sampling)
+    outputs = Outputs.of(likelihood, weights, sampling)
     theta = _trees.differentiable(params)
     axes_named = _manual_axes.names(axis_name)
 
     def hessian_fn(key: PRNGKeyArray, /, *, coordinates: Coordinates | None = None) -> Params:
         if not theta.leaves:
-            return theta.fill([])
+            return theta.combine_with_zeros([])
         if head_fn is None or head_chunk is None:
             backward = _whole(outputs, outputs_fn, theta)
         else:
@@ -122,7 +119,7 @@ def gauss_newton_bartlett(
         axes = tuple(sorted({*axes_named, *_manual_axes.varying(backward.on_shards)}))
         to_sum = [axis for axis in axes_named if not _manual_axes.is_tracked(axis)]
         sums = outputs.sums_of_weights(backward.shapes, axes)
-        scale = _scale_of_a_gradient(outputs, backward.shapes, theta.leaves)
+        scale = outputs.scale_of_a_gradient(backward.shapes, theta.leaves)
 
         def one_sample(key: PRNGKeyArray) -> list[Array]:
             g = backward.gradient(_manual_axes.fold_in_position(key, axes), sums, scale)
@@ -130,77 +127,9 @@ def gauss_newton_bartlett(
             g = [_arrays.widen(leaf) / scale for leaf in _trees.turned(theta, coordinates, g)]
             return [jnp.square(leaf) for leaf in g]
 
-        return theta.fill(_arrays.mean_over_keys(one_sample, key, num_samples))
+        return theta.combine_with_zeros(_arrays.mean_over_keys(one_sample, key, num_samples))
 
     return hessian_fn
-
-
-class _Outputs(NamedTuple):
-    """What is known of the outputs beforehand: likelihood and weights of each array.
-
-    Attributes:
-      treedef: their structure.
-      likelihoods: one for each array.
-      weights: one for each array.
-      sampling: how residuals are drawn.
-    """
-
-    treedef: Any
-    likelihoods: list[Likelihood]
-    weights: list[ArrayLike | None]
-    sampling: Sampling
-
-    @classmethod
-    def of(cls, likelihood: Any, weights: Any, sampling: Sampling) -> "_Outputs":
-        """Reads the arguments, each an array's or a pytree of such."""
-        likelihoods, treedef = jax.tree.flatten(
-            likelihood, is_leaf=lambda node: isinstance(node, Likelihood)
-        )
-        own: list[Any] = [None] * len(likelihoods)
-        if weights is not None:
-            own = _flatten_up_to("weights are", treedef, weights)
-        for leaf in own:
-            _check_not_negative(leaf)
-        return cls(treedef, likelihoods, own, sampling)
-
-    def arrays(self, outputs: Any) -> list[Array]:
-        """The arrays of a model's outputs."""
-        leaves = _flatten_up_to("outputs_fn returned", self.treedef, outputs)
-        return [_array(leaf, one) for leaf, one in zip(leaves, self.likelihoods, strict=True)]
-
-    def sums_of_weights(self, shapes: list[Any], axes: tuple[str, ...]) -> list[Any]:
-        """W for each array, over all shards along some axes."""
-        sums = []
-        for w, shape, one in zip(self.weights, shapes, self.likelihoods, strict=True):
-            fitted = _fit_weights(w, shape, one)
-            predictions = math.prod(shape.shape[: len(shape.shape) - one.event_ndim])
-            repeats = predictions / max(fitted.size, 1)
-            sums.append(_manual_axes.total(repeats * jnp.sum(fitted), axes))
-        return sums
-
-    def cotangents(
-        self, key: PRNGKeyArray, outputs: list[Array], weights: list[Any], sums: list[Any]
-    ) -> list[Array]:
-        """Draws √(w_i / W) r_i for every prediction, in float32 at least.
-
-        Args:
-          key: a PRNG key.
-          outputs: all predictions, or a part of them.
-          weights: theirs.
-          sums: W of each array, parts that are not here included.
-
-        Returns:
-          Arrays like the outputs.
-        """
-        keys = [key] if len(outputs) == 1 else [*jax.random.split(key, len(outputs))]
-        drawn = []
-        for k, output, one, w, total in zip(
-            keys, outputs, self.likelihoods, weights, sums, strict=True
-        ):
-            wide = _arrays.widen(output)
-            sample = one.sample_residual if self.sampling == "labels" else one.sample_factor
-            drawn.append(jnp.sqrt(_fit_weights(w, wide, one) / total) * sample(k, wide))
-        return drawn
 
 
 class _Backward(NamedTuple):
@@ -218,21 +147,20 @@ class _Backward(NamedTuple):
     gradient: Callable[[PRNGKeyArray, list[Any], float], list[Array]]
 
 
-def _whole(outputs: _Outputs, outputs_fn: OutputsFn, theta: _trees.Differentiable) -> _Backward:
+def _whole(outputs: Outputs, outputs_fn: OutputsFn, theta: _trees.Differentiable) -> _Backward:
     """All predictions at once."""
     arrays, pullback = jax.vjp(
-        lambda leaves: outputs.arrays(outputs_fn(theta.rebuild(leaves))), theta.leaves
+        lambda leaves: outputs.arrays(outputs_fn(theta.combine(leaves))), theta.leaves
     )
 
     def gradient(key: PRNGKeyArray, sums: list[Any], scale: float) -> list[Array]:
-        drawn = outputs.cotangents(key, arrays, outputs.weights, sums)
-        return pullback(_scaled_like(drawn, scale, arrays))[0]
+        return pullback(outputs.cotangents(key, arrays, outputs.weights, sums, scale))[0]
 
     return _Backward(arrays, arrays, gradient)
 
 
 def _in_chunks(
-    outputs: _Outputs,
+    outputs: Outputs,
     outputs_fn: OutputsFn,
     head_fn: HeadFn,
     size: int,
@@ -240,7 +168,7 @@ def _in_chunks(
 ) -> _Backward:
     """The head on one part of the predictions after the other, so that one part's outputs exist."""
     hidden, pullback = jax.vjp(
-        lambda leaves: _hidden(outputs_fn(theta.rebuild(leaves)), size), theta.leaves
+        lambda leaves: _hidden(outputs_fn(theta.combine(leaves)), size), theta.leaves
     )
     number = hidden.shape[0] // size
     # The head's gradients stay on their shard until they are summed over the parts.
@@ -254,7 +182,7 @@ def _in_chunks(
         return jnp.moveaxis(parts, 0, 1).reshape(-1, *parts.shape[2:])
 
     def head(leaves: list[Array], part: Array) -> list[Array]:
-        return outputs.arrays(head_fn(theta.rebuild(leaves), part))
+        return outputs.arrays(head_fn(theta.combine(leaves), part))
 
     def entire(part: Any) -> jax.ShapeDtypeStruct:
         if part.shape[:1] != (size,):
@@ -273,15 +201,14 @@ def _in_chunks(
     parts = split(hidden)
     shapes = [entire(part) for part in jax.eval_shape(head, local, parts[0])]
     for w, shape, one in zip(outputs.weights, shapes, outputs.likelihoods, strict=True):
-        _fit_weights(w, shape, one)
+        fit_weights(w, shape, one)
     weight_parts = [split_weights(w) for w in outputs.weights]
 
     def gradient(key: PRNGKeyArray, sums: list[Any], scale: float) -> list[Array]:
         def add(total: list[Array], chunk: Any) -> tuple[list[Array], Array]:
             key, part, weights = chunk
             arrays, pull = jax.vjp(head, local, part)
-            drawn = outputs.cotangents(key, arrays, weights, sums)
-            of_params, of_part = pull(_scaled_like(drawn, scale, arrays))
+            of_params, of_part = pull(outputs.cotangents(key, arrays, weights, sums, scale))
             return [t + g for t, g in zip(total, of_params, strict=True)], of_part
 
         keys = jax.random.split(key, number)
@@ -294,79 +221,6 @@ def _in_chunks(
         ]
 
     return _Backward(hidden, shapes, gradient)
-
-
-def _scaled_like(drawn: list[Array], scale: float, arrays: list[Array]) -> list[Array]:
-    """Scales what was drawn, and rounds it to the dtypes of the outputs."""
-    return [(scale * d).astype(a.dtype) for d, a in zip(drawn, arrays, strict=True)]
-
-
-def _scale_of_a_gradient(outputs: _Outputs, shapes: list[Any], leaves: list[Array]) -> float:
-    """A power of two near 1/√N, which makes cotangents as large as those of the mean loss.
-
-    FP8 with delayed scaling remembers the gradient's range, and what is √N times larger saturates.
-    float16 would lose what is that small, so there the cotangents stay √N times larger.
-
-    Args:
-      outputs: the outputs' likelihoods.
-      shapes: the outputs' shapes and dtypes.
-      leaves: the params.
-
-    Returns:
-      The scale, exactly invertible.
-    """
-    if any(x.dtype == jnp.float16 for x in (*shapes, *leaves)):
-        return 1.0
-    predictions = min(
-        math.prod(shape.shape[: len(shape.shape) - one.event_ndim])
-        for shape, one in zip(shapes, outputs.likelihoods, strict=True)
-    )
-    return 2.0 ** -round(math.log2(max(predictions, 1)) / 2)
-
-
-def _flatten_up_to(subject: str, treedef: Any, tree: Any) -> list[Any]:
-    """The parts of a tree that belong to the likelihoods.
-
-    Args:
-      subject: the start of the error.
-      treedef: the structure of the likelihoods.
-      tree: one that should have it.
-
-    Returns:
-      The parts.
-
-    Raises:
-      TypeError: if it has another structure.
-    """
-    try:
-        return treedef.flatten_up_to(tree)
-    except ValueError as error:
-        raise TypeError(
-            f"{subject} {jax.tree.structure(tree)}, where the likelihood is {treedef}. Give each "
-            "output a likelihood, in the structure of the outputs."
-        ) from error
-
-
-def _check_not_negative(weights: Any) -> None:
-    """Refuses negative weights, where their values can be seen.
-
-    Args:
-      weights: of one output.
-
-    Raises:
-      ValueError: if a weight is negative.
-    """
-    if weights is None or isinstance(weights, Tracer):
-        return
-    if isinstance(weights, jax.Array) and not weights.is_fully_addressable:
-        return
-    with jax.ensure_compile_time_eval():
-        least = float(jnp.min(jnp.asarray(weights), initial=0))
-    if least < 0:
-        raise ValueError(
-            f"weights hold {least:g}, but the curvature of a weighted mean needs weights of at "
-            "least 0. Mask a prediction with 0."
-        )
 
 
 def _check_head(head_fn: HeadFn | None, head_chunk: int | None) -> None:
@@ -411,54 +265,3 @@ def _hidden(hidden: Any, size: int) -> Array:
             f"returned, {jnp.shape(hidden)}. Choose a divisor."
         )
     return hidden
-
-
-def _array(outputs: Any, likelihood: Likelihood) -> Float[Array, "..."]:
-    """Returns the outputs as an array, and raises if they are not one."""
-    if jax.tree.structure(outputs) != jax.tree.structure(0):
-        raise TypeError(
-            f"outputs_fn returned {jax.tree.structure(outputs)} for one likelihood, not one array. "
-            "Return the outputs that the likelihood is about, e.g. "
-            "lambda params: outputs_fn(params)[0], or pass a likelihood for each of them."
-        )
-    if not jnp.issubdtype(jnp.result_type(outputs), jnp.floating):
-        raise TypeError(
-            f"outputs_fn returned {jnp.result_type(outputs)}, but outputs are real floating point. "
-            "Return logits or means, not labels."
-        )
-    if jnp.ndim(outputs) < likelihood.event_ndim:
-        raise ValueError(
-            f"outputs_fn returned shape {jnp.shape(outputs)}, but a prediction of {likelihood!r} "
-            f"has {likelihood.event_ndim} trailing axes. Return outputs with at least as many."
-        )
-    return jnp.asarray(outputs)
-
-
-def _fit_weights(weights: ArrayLike | None, outputs: Any, likelihood: Likelihood) -> Array:
-    """The weights with axes to be broadcast against the outputs.
-
-    Args:
-      weights: as passed, or a part of them.
-      outputs: the outputs of these predictions, or their shape.
-      likelihood: what they are the outputs of.
-
-    Returns:
-      An array of the outputs' dtype, float32 at least.
-
-    Raises:
-      ValueError: if there is no weight for each prediction.
-    """
-    predictions = outputs.shape[: len(outputs.shape) - likelihood.event_ndim]
-    dtype = _arrays.at_least_float32(outputs.dtype)
-    w = jnp.asarray(1.0 if weights is None else weights, dtype)
-    if w.ndim:
-        fits = w.ndim == len(predictions) and all(
-            a in (1, b) for a, b in zip(w.shape, predictions, strict=True)
-        )
-        if not fits:
-            raise ValueError(
-                f"weights have shape {w.shape}, but there is a prediction for each of "
-                f"{predictions}. Give them the same axes, each of full length or 1."
-            )
-        w = jnp.expand_dims(w, tuple(range(w.ndim, w.ndim + likelihood.event_ndim)))
-    return w

@@ -98,7 +98,7 @@ def hutchinson(
     axes_named = _manual_axes.names(axis_name)
 
     def loss_of(leaves: _Leaves) -> Float[Array, ""]:
-        return _loss_of_all_shards(_scalar(loss_fn(theta.rebuild(leaves))), axes_named)
+        return _loss_of_all_shards(_scalar(loss_fn(theta.combine(leaves))), axes_named)
 
     gradient = jax.grad(loss_of)
     product = jax.jit(partial(_PRODUCTS[mode], gradient))
@@ -119,11 +119,11 @@ def hutchinson(
 
     def hessian_fn(key: PRNGKeyArray, /, *, coordinates: Coordinates | None = None) -> Params:
         if not theta.leaves:
-            return theta.fill([])
+            return theta.combine_with_zeros([])
         draw_one = partial(one_probe, coordinates=coordinates)
         mean = _arrays.mean_over_keys(draw_one, key, num_probes, probe_chunk)
         to_average = [axis for axis in axes_named if not _manual_axes.is_tracked(axis)]
-        return theta.fill(jax.lax.pmean(mean, to_average) if to_average else mean)
+        return theta.combine_with_zeros(jax.lax.pmean(mean, to_average) if to_average else mean)
 
     return hessian_fn
 

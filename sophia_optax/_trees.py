@@ -20,14 +20,14 @@ class Differentiable(NamedTuple):
 
     Attributes:
       leaves: the leaves.
-      rebuild: the tree with other leaves instead, and the rest as it was.
-      fill: the tree with other leaves instead, and float32 zeros everywhere else.
+      combine: the tree with other leaves instead, and the rest as it was.
+      combine_with_zeros: the tree with other leaves instead, and float32 zeros everywhere else.
       select: the corresponding leaves of a tree of the same structure.
     """
 
     leaves: list[Array]
-    rebuild: Callable[[list[Array]], PyTree[Any]]
-    fill: Callable[[list[Array]], PyTree[Any]]
+    combine: Callable[[list[Array]], PyTree[Any]]
+    combine_with_zeros: Callable[[list[Array]], PyTree[Any]]
     select: Callable[[PyTree[Any]], list[Array]]
 
 
@@ -55,13 +55,13 @@ def differentiable(params: PyTree[Any]) -> Differentiable:
     leaves = [leaf for _, leaf in paths_and_leaves]
     places = [i for i, leaf in enumerate(leaves) if is_inexact(leaf)]
 
-    def rebuild(chosen: list[Array]) -> PyTree[Any]:
+    def combine(chosen: list[Array]) -> PyTree[Any]:
         new = list(leaves)
         for place, leaf in zip(places, chosen, strict=True):
             new[place] = leaf
         return treedef.unflatten(new)
 
-    def fill(chosen: list[Array]) -> PyTree[Any]:
+    def combine_with_zeros(chosen: list[Array]) -> PyTree[Any]:
         given = dict(zip(places, chosen, strict=True))
         return treedef.unflatten(
             given[i] if i in given else jnp.zeros(jnp.shape(leaf), jnp.float32)
@@ -72,7 +72,9 @@ def differentiable(params: PyTree[Any]) -> Differentiable:
         own = treedef.flatten_up_to(tree)
         return [own[i] for i in places]
 
-    return Differentiable([jnp.asarray(leaves[i]) for i in places], rebuild, fill, select)
+    return Differentiable(
+        [jnp.asarray(leaves[i]) for i in places], combine, combine_with_zeros, select
+    )
 
 
 def turned(
@@ -81,7 +83,7 @@ def turned(
     """Takes leaves into other coordinates; None stands for the parameters' own axes."""
     if coordinates is None:
         return leaves
-    return theta.select(coordinates.turn(theta.rebuild(leaves)))
+    return theta.select(coordinates.turn(theta.combine(leaves)))
 
 
 def turned_back(
@@ -90,7 +92,7 @@ def turned_back(
     """Takes leaves out of other coordinates, in the dtypes that they have there."""
     if coordinates is None:
         return leaves
-    own_axes = theta.select(coordinates.back(theta.rebuild(leaves)))
+    own_axes = theta.select(coordinates.back(theta.combine(leaves)))
     return [own.astype(leaf.dtype) for own, leaf in zip(own_axes, leaves, strict=True)]
 
 
