@@ -129,7 +129,7 @@ class Untied(Transformer):
         structure, layers = nnx.split(self.blocks)
 
         def layer(x_BxLxD: jax.Array, params: nnx.State) -> tuple[jax.Array, None]:
-            return nnx.merge(structure, params)(x_BxLxD, "xla"), None
+            return nnx.merge(structure, params)(x_BxLxD, "xla", 0.0, None), None
 
         x_BxLxD, _ = jax.lax.scan(layer, x_BxLxD, layers, unroll=True)
         return jnp.einsum("BLD,VD->BLV", self.norm(x_BxLxD), self.head[...])

@@ -245,20 +245,80 @@ WHOLE_STEPS = {
 }
 
 
+def target(per_tensor: bool) -> dict[str, Any]:
+    return {"gamma": sophia_optax.win_rate_target(0.6, per_tensor=per_tensor)}
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "a target for each tensor": target(True),
+    "one target": target(False),
+    "signs and a limit": {
+        "gamma": 0.3,
+        "absolute_curvature": False,
+        "max_estimate_ratio": 100.0,
+    },
+}
+
+
+def batches(option: str) -> Any:
+    """Scales of five steps: of both signs, and once absurd where w's row 5 is, for that option."""
+    if option != "signs and a limit":
+        return [SCALES] * 5
+    signed = SCALES - jnp.arange(FEATURES) / 5
+    absurd = signed.at[:, 5].multiply(1e6)
+    return [signed, signed, absurd, signed, signed]
+
+
 @pytest.mark.parametrize(
-    "style, per_tensor",
-    [("shard_map, params as shards", False), *((style, True) for style in WHOLE_STEPS)],
+    "style, option",
+    [
+        ("shard_map, params as shards", "one target"),
+        *((style, "a target for each tensor") for style in WHOLE_STEPS),
+        *((style, "signs and a limit") for style in WHOLE_STEPS),
+    ],
 )
-def test_steps_by_hand_are_those_of_jit(style: str, per_tensor: bool) -> None:
+def test_steps_by_hand_are_those_of_jit(style: str, option: str) -> None:
     """Averages, win rate and gamma too, which count the coordinates of all shards."""
-    gamma = sophia_optax.win_rate_target(0.6, per_tensor=per_tensor)
-    tx = sophia_optax.sophia_h(0.05, b1=0.5, gamma=gamma, update_interval=2)
+    tx = sophia_optax.sophia_h(0.05, b1=0.5, update_interval=2, **OPTIONS[option])
     by_hand, by_jit = WHOLE_STEPS[style](tx), jax.jit(step_with(tx, None, same, tracked=True))
     found = expected = (PARAMS, tx.init(PARAMS))
-    for _ in range(5):
-        found, expected = by_hand(*found, X, SCALES), by_jit(*expected, X, SCALES)
+    for scales in batches(option):
+        found, expected = by_hand(*found, X, scales), by_jit(*expected, X, scales)
     chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-6)
-    assert 0 < sophia_optax.diagnostics(found[1]).win_rate < 1
+    diagnosed = sophia_optax.diagnostics(found[1])
+    assert 0 < diagnosed.win_rate < 1
+    signs_and_a_limit = option == "signs and a limit"
+    assert diagnosed.rejected == signs_and_a_limit
+    assert np.any(optax.tree.get(found[1], "nu")["w"] < 0) == signs_and_a_limit
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("style", ["pmap", "shard_map, check_vma=False"])
+def test_an_estimate_that_is_not_averaged_is_an_error_that_names_the_mean(
+    name: str, style: str
+) -> None:
+    """With averaged gradients, each replica would step by its own curvature and drift apart."""
+    tx = sophia_optax.sophia_h(0.05)
+
+    def step(averaged: bool, params: Any, x: jax.Array, labels: jax.Array) -> Any:
+        local = ESTIMATORS[name](params, x, labels, shards=False, axis_name=None)
+        hessian_fn = (lambda key: jax.lax.pmean(local(key), "d")) if averaged else local
+        grads = jax.lax.pmean(jax.grad(loss_fn)(params, x, labels), "d")
+        return tx.update(grads, tx.init(params), params, hessian_fn=hessian_fn)
+
+    def trace(averaged: bool) -> Any:
+        mapped = functools.partial(step, averaged)
+        if style == "pmap":
+            x, labels = X.reshape(SHARDS, -1, FEATURES), LABELS.reshape(SHARDS, -1)
+            return jax.make_jaxpr(jax.pmap(mapped, axis_name="d", in_axes=(None, 0, 0)))(
+                PARAMS, x, labels
+            )
+        specs = {"mesh": mesh(), "in_specs": (P(), P("d"), P("d")), "out_specs": P()}
+        return jax.make_jaxpr(jax.shard_map(mapped, **specs, check_vma=False))(PARAMS, X, LABELS)
+
+    with pytest.raises(ValueError, match=r"not reduced over .*'d'.*axis_name='d'.*jax\.lax\.pmean"):
+        trace(averaged=False)
+    trace(averaged=True)
 
 
 def test_counts_of_all_leaves_are_summed_over_the_shards_at_once() -> None:

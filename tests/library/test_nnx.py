@@ -190,3 +190,45 @@ def test_wrt_chooses_the_params(name: str) -> None:
     step(model, optimizer)
     np.testing.assert_array_equal(model.hidden.kernel[...], hidden)
     assert np.all(np.asarray(model.head.kernel[...]) != head)
+
+
+@pytest.mark.parametrize("name, pure", [("hutchinson", False), ("gauss_newton_bartlett", True)])
+def test_the_parts_of_a_split_model_train_as_the_model_does(name: str, pure: bool) -> None:
+    """As a `State`, and as a dict of arrays."""
+    model = nnx.Linear(4, 3, rngs=nnx.Rngs(1))
+    graphdef, params = nnx.split(model, nnx.Param)
+    params = nnx.to_pure_dict(params) if pure else params
+    tx = sophia_optax.sophia_g(1e-2, update_interval=2)
+
+    def logits(params: Any) -> jax.Array:
+        return nnx.merge(graphdef, params)(INPUTS)
+
+    def loss(params: Any) -> jax.Array:
+        return loss_fn(nnx.merge(graphdef, params), INPUTS, LABELS)
+
+    @jax.jit
+    def step(params: Any, state: Any) -> Any:
+        if name == "hutchinson":
+            hessian_fn = sophia_optax.hutchinson(loss, params)
+        else:
+            hessian_fn = sophia_optax.gauss_newton_bartlett(logits, params)
+        updates, state = tx.update(jax.grad(loss)(params), state, params, hessian_fn=hessian_fn)
+        return optax.apply_updates(params, updates), state
+
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def step_of_model(model: nnx.Module, optimizer: nnx.Optimizer) -> None:
+        grads = nnx.grad(loss_fn)(model, INPUTS, LABELS)
+        optimizer.update(model, grads, hessian_fn=estimator(name, model))
+
+    structure = jax.tree.structure(params)
+    state = tx.init(params)
+    for _ in range(3):
+        params, state = step(params, state)
+        step_of_model(model, optimizer)
+    assert jax.tree.structure(params) == structure
+    trained = nnx.merge(graphdef, params)
+    np.testing.assert_allclose(trained.kernel[...], model.kernel[...], rtol=1e-5)
+    np.testing.assert_allclose(trained.bias[...], model.bias[...], rtol=1e-4, atol=1e-7)
+    assert sophia_optax.diagnostics(state).refreshes == 2

@@ -167,3 +167,18 @@ def test_complex_params_step_as_pairs_of_real_ones() -> None:
 def test_an_estimator_of_complex_params_names_the_wrapper_that_splits_them() -> None:
     with pytest.raises(TypeError, match=r"\['z'\].*split_real_and_imaginary.*pairs"):
         sophia_optax.hutchinson(complex_loss, {"z": CENTER, "x": jnp.ones(2)})(jax.random.key(0))
+
+
+def test_an_average_of_the_updates_is_one_of_those_of_the_optimizer_alone() -> None:
+    averaged = optax.chain(TX, optax.ema(0.75, debias=False))
+    step, step_alone = (
+        jax.jit(functools.partial(tx.update, hessian_fn=HESSIAN_FN)) for tx in (averaged, TX)
+    )
+    state, state_alone = averaged.init(PARAMS), TX.init(PARAMS)
+    expected = jax.tree.map(jnp.zeros_like, PARAMS)
+    for _ in range(3):
+        updates, state = step(GRADS, state, PARAMS)
+        alone, state_alone = step_alone(GRADS, state_alone, PARAMS)
+        expected = jax.tree.map(lambda e, u: 0.75 * e + 0.25 * u, expected, alone)
+    chex.assert_trees_all_close(updates, expected, rtol=1e-6)
+    assert sophia_optax.diagnostics(state) == sophia_optax.diagnostics(state_alone)
