@@ -26,6 +26,7 @@
 # The paper: [Liu, Li, Hall, Liang and Ma 2023](https://arxiv.org/abs/2305.14342).
 
 # %%
+import importlib.metadata
 import importlib.util
 import subprocess
 import sys
@@ -37,8 +38,11 @@ SOURCE = ""
 if importlib.util.find_spec("sophia_optax") is None:
     found = [str(path) for path in Path().glob("sophia_optax-*.whl")]
     found += [".."] * Path("../sophia_optax").is_dir() + ["sophia_optax"]
-    packages = [SOURCE or found[0], "matplotlib"]
+    packages = [SOURCE or found[0], "matplotlib>=3.9"]
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", *packages], check=True)
+    for name in {"jax", "numpy"} & set(sys.modules):
+        if sys.modules[name].__version__ != importlib.metadata.version(name):
+            raise SystemExit(f"Installed. {name} was loaded before: restart, and run from the top.")
 
 import jax
 import jax.numpy as jnp

@@ -26,6 +26,7 @@
 # is better. [Benchmarks](../docs/benchmarks.md) has comparisons with tuning and several seeds.
 
 # %%
+import importlib.metadata
 import importlib.util
 import subprocess
 import sys
@@ -37,8 +38,11 @@ SOURCE = ""
 if importlib.util.find_spec("sophia_optax") is None:
     found = [str(path) for path in Path().glob("sophia_optax-*.whl")]
     found += [".."] * Path("../sophia_optax").is_dir() + ["sophia_optax"]
-    packages = [SOURCE or found[0], "flax", "matplotlib"]
+    packages = [SOURCE or found[0], "flax>=0.12.7", "matplotlib>=3.9"]
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", *packages], check=True)
+    for name in {"jax", "numpy"} & set(sys.modules):
+        if sys.modules[name].__version__ != importlib.metadata.version(name):
+            raise SystemExit(f"Installed. {name} was loaded before: restart, and run from the top.")
 
 import sysconfig
 

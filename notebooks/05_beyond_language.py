@@ -27,6 +27,7 @@
 # compare optimizers, all tuned with the same number of tries, on five seeds.
 
 # %%
+import importlib.metadata
 import importlib.util
 import subprocess
 import sys
@@ -38,8 +39,11 @@ SOURCE = ""
 if importlib.util.find_spec("sophia_optax") is None:
     found = [str(path) for path in Path().glob("sophia_optax-*.whl")]
     found += [".."] * Path("../sophia_optax").is_dir() + ["sophia_optax"]
-    packages = [SOURCE or found[0], "flax", "matplotlib", "scikit-learn"]
+    packages = [SOURCE or found[0], "flax>=0.12.7", "matplotlib>=3.9", "scikit-learn>=1.6"]
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", *packages], check=True)
+    for name in {"jax", "numpy"} & set(sys.modules):
+        if sys.modules[name].__version__ != importlib.metadata.version(name):
+            raise SystemExit(f"Installed. {name} was loaded before: restart, and run from the top.")
 
 import functools
 import json

@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -98,6 +99,24 @@ def test_the_first_cell_installs_what_is_there(
     exec(install.replace('SOURCE = ""', f"SOURCE = {source!r}"), {})
     (command,) = commands
     assert command[5] == wanted
+
+
+def test_the_first_cell_stops_where_an_old_version_is_loaded(path: Path, monkeypatch) -> None:
+    cell = "".join(code_cells(path)[0]["source"])
+    install = cell[: cell.index("\n\nimport", cell.index("check=True)"))]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(subprocess, "run", lambda command, check: None)
+    exec(install, {})  # what is loaded is what is installed
+    monkeypatch.setattr(np, "__version__", "1.0")
+    with pytest.raises(SystemExit, match="numpy was loaded before: restart"):
+        exec(install, {})
+
+
+def test_the_first_cell_asks_for_the_versions_that_the_project_needs(path: Path) -> None:
+    (packages,) = re.findall(r"packages = \[SOURCE or found\[0\](.*)\]", path.read_text())
+    wanted = re.findall(r'\\"(.*?)\\"', packages)
+    assert wanted
+    assert set(wanted) <= set(PROJECT["optional-dependencies"]["examples"])
 
 
 def test_the_badge_opens_the_notebook_where_the_repository_is_public(path: Path) -> None:
