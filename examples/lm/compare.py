@@ -15,6 +15,7 @@ from .loop import Result, fit
 from .run import Run
 from .train import Trainer
 
+MANY_PASSES = 20  # over the training text, after which a model may know it by heart
 SAMPLE = 64  # tokens of held-out text that a sample begins with, and that are added
 
 
@@ -55,6 +56,14 @@ def describe(
     """Says what is about to run."""
     size = "streamed" if corpus.windows else f"{len(corpus.train):,} training tokens"
     console.print(f"{config.data}: {size}; results in {folder}", highlight=False)
+    context = next(iter(runs.values())).model.context
+    read = config.steps * config.batch_size * context
+    if not corpus.windows and read > MANY_PASSES * len(corpus.train):
+        console.print(
+            f"The run reads that text {read // len(corpus.train)} times, so the validation loss "
+            "may rise again. Take fewer --steps, more text, or --dropout 0.1.",
+            highlight=False,
+        )
     for name, run in runs.items():
         curvature = run.optimizer.curvature
         if config.attention != "xla" and curvature and curvature.second_order:

@@ -3,11 +3,15 @@
 import sys
 
 import jax
+import numpy as np
 import pytest
+from rich.console import Console
 
+from examples.lm import compare, data
 from examples.lm.__main__ import main
 from examples.lm.config import TrainConfig
 from examples.lm.run import resolve
+from tests.trainer import worker
 
 BAD = {
     "unknown model": ("--model gpt5", "model 'gpt5'"),
@@ -119,3 +123,20 @@ def test_half_a_batch_spreads_over_the_devices():
 def test_an_optimizer_without_curvature_takes_any_batch(batch_size):
     config = TrainConfig(optimizer="adamw", batch_size=batch_size, curvature_batch=2)
     assert resolve(config, devices=jax.devices()[:1]).config.batch_size == batch_size
+
+
+# --- a short text ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens, passes", [(1_000, 31), (2_000, None)])
+def test_a_text_that_is_read_many_times_is_said_with_what_to_do(tokens, passes, tmp_path, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(worker.MODELS, "micro", worker.MICRO)
+        config = TrainConfig(model="micro", steps=122, batch_size=16)
+        runs = {"sophia_g": resolve(config)}
+    text = np.zeros(tokens, np.uint16)
+    corpus = data.Corpus(text, text, text, 256)
+    compare.describe(Console(soft_wrap=True), config, runs, corpus, tmp_path)
+    said = capsys.readouterr().out
+    assert (f"reads that text {passes} times" in said) == (passes is not None)
+    assert ("Take fewer --steps" in said) == (passes is not None)
