@@ -1,6 +1,7 @@
 """What the package promises as a package: names, types, versions, and what it imports."""
 
 import ast
+import importlib.metadata
 import re
 import subprocess
 import sys
@@ -17,6 +18,7 @@ OPTIONAL = {"nnx", "linen", "plotting"}
 MODULES = sorted(PACKAGE.glob("*.py"))
 CORE = [path for path in MODULES if path.stem not in OPTIONAL]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
 
 # They change parts of the algorithm, which no public name does.
 ABLATIONS = {"rare_rows.py", "warmup.py"}
@@ -94,17 +96,15 @@ def test_the_dependencies_are_three() -> None:
 
 
 def test_extras_are_those_that_the_readme_and_contributors_use() -> None:
-    extras = PROJECT["optional-dependencies"]
-    assert {"test", "examples", "plotting", "notebooks", "docs", "tpu", "dev"} <= set(extras)
-    assert "sophia_optax[examples]" in extras["test"]
+    assert {"test", "examples", "plotting", "notebooks", "docs", "tpu", "dev"} <= set(EXTRAS)
+    assert "sophia_optax[examples]" in EXTRAS["test"]
 
 
 @pytest.mark.parametrize("folder", ["examples", "benchmarks", "tests"])
 def test_what_is_imported_is_declared(folder: str) -> None:
-    extras = PROJECT["optional-dependencies"]
-    requirements = PROJECT["dependencies"] + extras["examples"]
+    requirements = PROJECT["dependencies"] + EXTRAS["examples"]
     if folder == "tests":
-        requirements += extras["test"]
+        requirements += EXTRAS["test"]
     declared = {re.match(r"[\w-]+", requirement)[0] for requirement in requirements}
     modules = {"orbax-checkpoint": "orbax", "scikit-learn": "sklearn"}
     declared = {modules.get(name, name) for name in declared}
@@ -112,6 +112,27 @@ def test_what_is_imported_is_declared(folder: str) -> None:
     for path in (ROOT / folder).rglob("*.py"):
         found = {name.split(".")[0] for name in imports(path)}
         assert found <= declared | ours | set(sys.stdlib_module_names), path
+
+
+@pytest.mark.parametrize("requirement", PROJECT["dependencies"] + EXTRAS["examples"])
+def test_direct_dependencies_have_a_permissive_license(requirement: str) -> None:
+    declared = importlib.metadata.metadata(re.match(r"[\w-]+", requirement)[0])
+    # Some state the whole text, with those of what is bundled.
+    stated = [declared.get("License-Expression"), (declared.get("License") or "")[:80]]
+    stated += declared.get_all("Classifier") or []
+    text = " ".join(line for line in stated if line)
+    assert re.search(r"Apache|\bMIT\b|\bBSD\b|Python Software Foundation", text)
+    assert not re.search(r"\b[AL]?GPL", text)
+
+
+@pytest.mark.parametrize("folder", ["sophia_optax", "examples"])
+def test_nothing_is_unpickled_or_evaluated_and_nothing_imported_that_fetches(folder: str) -> None:
+    modules = {"pickle", "marshal", "shelve", "urllib", "http", "ftplib", "requests"}
+    for path in (ROOT / folder).rglob("*.py"):
+        assert not {name.split(".")[0] for name in imports(path)} & modules, path
+        names = {n.id for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Name)}
+        assert not names & {"eval", "exec", "compile", "__import__"}, path
+        assert "allow_pickle" not in path.read_text(), path
 
 
 @pytest.mark.parametrize("path", CORE, ids=lambda path: path.stem)
