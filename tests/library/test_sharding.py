@@ -46,6 +46,10 @@ LAYOUTS = {
 }
 
 
+# Of 2, 4 and 8 devices.
+MESHES = [(d, t) for d in (1, 2, 4, 8) for t in (1, 2, 4, 8) if 1 < d * t <= 8]
+
+
 @dataclasses.dataclass(frozen=True)
 class Setup:
     """A small language model on a mesh, as it is written for Auto and for Explicit axes."""
@@ -313,7 +317,20 @@ def trained_on_one_device(estimator: str) -> tuple[Any, np.ndarray, np.ndarray]:
 def test_eight_devices_give_the_numbers_of_one(
     layout: str, axis_type: AxisType, estimator: str
 ) -> None:
-    setup = setup_named(layout, axis_type)
+    check_numbers_of_one_device(setup_named(layout, axis_type), estimator)
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("estimator", ["hutchinson", "labels"])
+@pytest.mark.parametrize("shape", MESHES, ids=lambda shape: "x".join(map(str, shape)))
+def test_every_mesh_gives_the_numbers_of_one_device(
+    shape: tuple[int, int], axis_type: AxisType, estimator: str
+) -> None:
+    _, specs = LAYOUTS["fsdp and tensor"]
+    check_numbers_of_one_device(setup_on(shape, specs, axis_type), estimator)
+
+
+def check_numbers_of_one_device(setup: Setup, estimator: str) -> None:
     with jax.set_mesh(setup.mesh):
         params, losses, win_rate = train(setup, estimator)
     params_1, losses_1, win_rate_1 = trained_on_one_device(estimator)
