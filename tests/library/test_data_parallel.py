@@ -332,3 +332,42 @@ def test_counts_of_all_leaves_are_summed_over_the_shards_at_once() -> None:
     np.testing.assert_array_equal(found, [[5, 7], split, [10, 14], 3 * split])
     jaxpr = str(jax.make_jaxpr(mapped)(jnp.arange(2 * SHARDS), jnp.array([5, 7])))
     assert jaxpr.count("psum") == 1
+
+
+# --- what is not of all shards --------------------------------------------------------------------
+
+
+def refusal(estimator: Any, error: type[Exception]) -> str:
+    """What a step in shard_map says to an estimate that each shard makes of its own data."""
+    tx = sophia_optax.scale_by_sophia()
+
+    def step(params: Any, x: jax.Array, y: jax.Array) -> Any:
+        grads = jax.tree.map(jnp.zeros_like, params)
+        hessian_fn = estimator(params, x, y)
+        return tx.update(grads, tx.init(params), hessian_fn=hessian_fn, refresh=True)[0]
+
+    mapped = jax.shard_map(step, mesh=mesh(), in_specs=(P(), P("d"), P("d")), out_specs=P())
+    with pytest.raises(error) as caught:
+        jax.eval_shape(mapped, PARAMS, X, LABELS)
+    return str(caught.value)
+
+
+def of_own_loss(params: Any, x: jax.Array, y: jax.Array) -> Any:
+    return sophia_optax.hutchinson(lambda params: loss_fn(params, x, y), params)
+
+
+def of_own_examples(params: Any, x: jax.Array, y: jax.Array) -> Any:
+    del y
+    return lambda key: jax.tree.map(lambda p: p + x.sum(), params)
+
+
+def test_a_loss_of_the_shards_own_data_is_refused() -> None:
+    message = refusal(of_own_loss, TypeError)
+    assert "varies over the mesh axes ('d',)" in message
+    assert "Pass axis_name='d'" in message
+
+
+def test_an_estimate_that_varies_where_the_gradient_does_not_is_refused_by_name() -> None:
+    message = refusal(of_own_examples, ValueError)
+    assert "['b'] varies over the mesh axes ('d',), and the gradient does not" in message
+    assert "jax.lax.pmean(estimate, ('d',))" in message

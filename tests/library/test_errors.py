@@ -104,6 +104,22 @@ def test_a_schedule_goes_through_inject_hyperparams(name: str) -> None:
     assert_helpful(str(error.value), name, "optax.inject_hyperparams")
 
 
+@pytest.mark.usefixtures("own_checks_alone")
+@pytest.mark.parametrize(
+    ("make", "facts"),
+    [
+        (lambda: sophia_optax.sophia_h(1e-2, eigenbasis="both"), ("eigenbasis", "'both'")),
+        (lambda: sophia_optax.win_rate_target(per_tensor=1), ("per_tensor", "1")),
+    ],
+)
+def test_what_is_not_a_boolean_is_refused_at_construction(
+    make: Any, facts: tuple[str, ...]
+) -> None:
+    with pytest.raises(TypeError) as error:
+        make()
+    assert_helpful(str(error.value), *facts)
+
+
 BAD_ESTIMATES: dict[str, tuple[Any, type[Exception], tuple[str, ...]]] = {
     "wrong_shape": ({"w": jnp.ones(4), "b": HESSIAN["b"]}, ValueError, ("w", "(4,)", "(2, 2)")),
     "scalar": ({"w": HESSIAN["w"], "b": jnp.ones(())}, ValueError, ("b", "()", "(3,)")),
@@ -144,8 +160,9 @@ def test_a_missing_estimator_is_named_with_the_remedy() -> None:
 
 
 @pytest.mark.usefixtures("own_checks_alone")
-def test_an_estimate_in_place_of_an_estimator_is_refused() -> None:
-    tx = sophia_optax.scale_by_sophia()
+@pytest.mark.parametrize("eigenbasis", (False, True))
+def test_an_estimate_in_place_of_an_estimator_is_refused(eigenbasis: bool) -> None:
+    tx = sophia_optax.sophia_h(1e-2, eigenbasis=eigenbasis)
     with pytest.raises(TypeError, match="hessian_fn"):
         tx.update(GRADS, tx.init(PARAMS), PARAMS, hessian_fn=HESSIAN)
 

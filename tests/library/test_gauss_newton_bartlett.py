@@ -626,6 +626,9 @@ def test_it_runs_under_vmap_scan_and_cond():
 # --- how it fails ---------------------------------------------------------------------------------
 
 
+CATEGORICALS = (sophia_optax.categorical, sophia_optax.categorical)
+
+
 @pytest.mark.parametrize(
     "outputs, words",
     [
@@ -643,6 +646,14 @@ def test_outputs_that_are_no_logits(outputs, words):
         hessian_fn(jax.random.key(0))
     for word in words:
         assert word in str(caught.value)
+
+
+def test_several_outputs_have_the_structure_of_their_likelihoods():
+    hessian_fn = sophia_optax.gauss_newton_bartlett(
+        lambda p: {"first": p}, jnp.ones((2, 3)), likelihood=CATEGORICALS
+    )
+    with pytest.raises(TypeError, match=r"outputs_fn returned .*first.*Give each output"):
+        hessian_fn(jax.random.key(0))
 
 
 def test_an_error_of_the_users_own_passes_through():
@@ -671,6 +682,7 @@ def test_complex_leaves_are_refused_by_name():
         ({"num_samples": 2.5}, ValueError, ("num_samples", "2.5")),
         ({"num_samples": "2"}, TypeError, ("num_samples", "'2'")),
         ({"sampling": "label"}, ValueError, ("sampling", "label", "curvature_propagation")),
+        ({"likelihood": CATEGORICALS, "weights": (None,)}, TypeError, ("weights are", "PyTreeDef")),
     ],
     ids=str,
 )

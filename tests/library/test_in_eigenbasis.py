@@ -340,6 +340,13 @@ def test_an_estimator_for_the_plain_axes_alone_is_refused_with_the_way_out() -> 
         tx.update(PARAMS, tx.init(PARAMS), PARAMS, hessian_fn=lambda key: PARAMS)
 
 
+def test_an_estimator_without_a_signature_is_called_with_the_coordinates() -> None:
+    """As some functions written in C are."""
+    tx = sophia()
+    with pytest.raises(TypeError, match="'coordinates'"):  # Python's own error
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS, hessian_fn=max)
+
+
 def test_several_probes_chunks_and_modes_work_in_turned_coordinates() -> None:
     tx = sophia()
     state = tx.init(PARAMS)

@@ -246,3 +246,25 @@ def test_fp8_layers_step_alike_with_an_estimator_of_all_variables_and_of_params(
     assert sophia_optax.diagnostics(of_all.opt_state).refreshes == 1
     for key in scales:
         chex.assert_trees_all_equal(of_all.params[key], grads[key])
+
+
+@pytest.mark.filterwarnings("ignore")  # Flax's own, of its FP8 layers
+def test_an_estimator_of_all_fp8_variables_turns_the_params_alone_and_back_again() -> None:
+    model = linen.Dense(2, use_bias=False, dot_general_cls=linen.Fp8DirectDotGeneralOp)
+    variables = model.init(jax.random.key(1), jnp.ones((8, 4)))
+    state = sophia_optax.linen.TrainState.create(
+        apply_fn=model.apply, params=variables, tx=sophia_optax.sophia_g(1e-2, eigenbasis=True)
+    )
+    seen = []
+
+    def hessian_fn(key: jax.Array, /, *, coordinates: Any) -> Any:
+        turned = coordinates.turn(variables)
+        seen.extend([turned, coordinates.back(turned)])
+        return jax.tree.map(jnp.ones_like, variables)
+
+    state.apply_gradients(grads=variables, hessian_fn=hessian_fn, refresh=True, refresh_basis=True)
+    turned, back = seen
+    chex.assert_trees_all_close(back, variables, rtol=1e-5, atol=1e-6)
+    kernel = variables["params"].pop("kernel")
+    assert np.abs(turned["params"].pop("kernel") - kernel).max() > 0.1
+    chex.assert_trees_all_equal(turned, variables)

@@ -102,6 +102,12 @@ def test_quantiles_are_those_of_numpy_to_a_bin() -> None:
         np.testing.assert_allclose(value, max(expected, 0.0), rtol=0.08)
 
 
+def test_a_state_that_is_on_the_host_has_the_same_quantiles() -> None:
+    state = state_of(sophia_optax.sophia_h(1e-3))
+    on_host = jax.device_get(state)
+    assert plotting.curvature_quantiles(on_host) == plotting.curvature_quantiles(state)
+
+
 def test_what_is_logged_as_quantiles_is_drawn_as_a_line_in_a_band() -> None:
     state = state_of(sophia_optax.scale_by_sophia())
     record = {"step": 3, **plotting.curvature_quantiles(state, [0.4, 0.5, 0.9])}

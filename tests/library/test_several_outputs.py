@@ -109,6 +109,49 @@ def test_parts_of_the_hidden_activations_follow_each_other_in_order(chunk: int) 
     np.testing.assert_allclose(hessian_fn(jax.random.key(0)), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("weights", [None, 3.0, np.full(1, 3.0)], ids=str)
+def test_a_weight_for_all_is_one_for_the_predictions_of_every_part(weights: Any) -> None:
+    estimate = in_parts(lambda params, part: part, 2, weights=weights)
+    np.testing.assert_allclose(estimate, 1 / 6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "head_fn, head_chunk, error, words",
+    [
+        (lambda w, part: part, None, ValueError, "head_chunk is None"),
+        (None, 2, ValueError, "head_fn is None"),
+        (lambda w, part: part, 0, ValueError, "head_chunk is 0"),
+        (lambda w, part: part, 4, ValueError, r"head_chunk is 4.*\(6,\)"),
+        (lambda w, part: part[:1], 2, ValueError, r"shape \(1,\) for a part of 2"),
+    ],
+)
+def test_heads_and_chunks_that_do_not_fit_are_refused(
+    head_fn: Any, head_chunk: int | None, error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        in_parts(head_fn, head_chunk)
+
+
+def test_the_head_takes_one_array() -> None:
+    with pytest.raises(TypeError, match=r"not one array. With head_fn"):
+        in_parts(lambda params, part: part, 2, outputs_fn=lambda params: (params, params))
+
+
+def in_parts(
+    head_fn: Any, chunk: int | None, outputs_fn: Any = lambda params: params, **arguments: Any
+) -> Any:
+    """Exact for all keys: a prediction has one parameter, and a sign its own square."""
+    return sophia_optax.gauss_newton_bartlett(
+        outputs_fn,
+        jnp.ones(6),
+        likelihood=sophia_optax.gaussian,
+        sampling="curvature_propagation",
+        head_fn=head_fn,
+        head_chunk=chunk,
+        **arguments,
+    )(jax.random.key(0))
+
+
 @pytest.mark.parametrize(
     "weights",
     [

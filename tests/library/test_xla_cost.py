@@ -90,6 +90,21 @@ def test_a_refresh_holds_what_its_estimate_does_and_nothing_more(sophia: Any) ->
     assert with_branch.temporaries <= alone + 0.01
 
 
+def test_normal_probes_are_drawn_once_and_take_no_more_memory_than_signs() -> None:
+    """XLA would draw them again for the product with H u, if they did not depend on the params."""
+    examples = jnp.ones((8, SIDE))
+
+    def arrays_held(distribution: Any) -> float:
+        def estimate(w: jax.Array, key: jax.Array) -> jax.Array:
+            loss = lambda w: jnp.mean(jnp.tanh(examples @ w) ** 2)  # noqa: E731
+            return sophia_optax.hutchinson(loss, w, distribution=distribution)(key)
+
+        compiled = jax.jit(estimate).lower(PARAMS["a"], jax.random.key(0)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes / (4 * SIZE)
+
+    assert arrays_held("gaussian") <= arrays_held("rademacher") + 0.01
+
+
 @functools.cache
 def step_of_many_leaves(leaves: int, gamma: Any) -> Any:
     params = {f"{i:03d}": jax.ShapeDtypeStruct((4,), jnp.float32) for i in range(leaves)}
