@@ -419,9 +419,10 @@ def test_bad_arguments_are_refused(make: Any, error: type[Exception], message: s
         make()
 
 
-def test_a_coordinate_at_a_trial_counts_as_clipped() -> None:
-    counts = unclipped_counts(jnp.ones(3), jnp.ones(3))
-    np.testing.assert_array_equal(counts[:-2], 3 * (np.array(TRIAL_FACTORS) > 1))
+@pytest.mark.parametrize("size", [3, SMALL + 1])
+def test_a_coordinate_at_a_trial_counts_as_clipped(size: int) -> None:
+    counts = unclipped_counts(jnp.ones(size), jnp.ones(size))
+    np.testing.assert_array_equal(counts[:-2], size * (np.array(TRIAL_FACTORS) > 1))
 
 
 def test_coordinates_without_momentum_do_not_count() -> None:
