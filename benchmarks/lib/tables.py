@@ -408,6 +408,40 @@ def ablations() -> str:
     return markdown(["", "learning rate", "loss by seed", "change"], rows)
 
 
+RARE_ROWS = {
+    "adamw": "AdamW",
+    "paper": "Sophia-G, the paper's rule",
+    "adam": "Adam on the embedding",
+    "floor 1 mean": "denominator at least γ times the tensor's mean h",
+    "floor 0.1 mean": "denominator at least a tenth of that",
+    "whole batch": "curvature of the whole batch",
+    "gradient squared": "N g² where the estimate is zero",
+    "curvature propagation": "curvature propagation",
+    "wait": "no step where h is zero",
+}
+
+
+@table
+def rare_rows() -> str:
+    """The losses of ways to treat rows of the embedding that the curvature has not seen."""
+    rows = {row["variant"]: row for row in read("rare_rows.json")["rows"]}
+    paper = rows["paper"]["loss"]
+    lines = []
+    for name in (name for name in RARE_ROWS if name in rows):
+        runs = rows[name]["runs"]
+        flat = runs[0].get("flat_of_touched")
+        lines.append(
+            [
+                RARE_ROWS[name],
+                None if flat is None else percent(flat),
+                f"{runs[0]['learning_rate']:g}",
+                losses(run["loss"] for run in runs),
+                None if name == "paper" else f"{rows[name]['loss'] - paper:+.3f}",
+            ]
+        )
+    return markdown(["", "rows", "learning rate", "loss by seed", "change"], lines)
+
+
 def mean_or_diverged(found: Iterable[float | None]) -> str:
     """The mean of losses, where no run diverged."""
     known = list(found)
