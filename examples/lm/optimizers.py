@@ -224,9 +224,9 @@ class Optimizer:
 
     Attributes:
       build: the transformation, from hyperparameters and a schedule.
-      tiny: the hyperparameters for the tiny model. Those of AdamW, Sophia-G and Sophia-H with the
-        paper's h are the best of twelve tries each (benchmarks/results/lm_tuning.jsonl). Those in
-        the eigenbasis are the best of sixteen at half the batch (lm_race.jsonl).
+      tiny: the hyperparameters for the tiny model. Those of AdamW, Sophia-G, Sophia-H and Sophia-H
+        with the paper's h are the best of twelve tries each (benchmarks/results/lm_tuning.jsonl).
+        Those in the eigenbasis are the best of sixteen at half the batch (lm_race.jsonl).
       large: those for GPT-2, from the paper.
       curvature: how the curvature is estimated, or None for optimizers that take gradients only.
       grid: where tuning starts: the first values of each hyperparameter, which are on the ladders
@@ -270,7 +270,7 @@ OPTIMIZERS = {
     ),
     "sophia_h": Optimizer(
         sophia_h,
-        tiny=Hyperparameters(6e-3, b1=0.7, b2=0.99, gamma=0.02, weight_decay=0.1, warmup=0.05),
+        tiny=Hyperparameters(1e-2, b1=0.8, b2=0.99, gamma=0.05, weight_decay=0.1, warmup=0.05),
         large=Hyperparameters(4e-4, b1=0.965, b2=0.99, gamma=0.01, weight_decay=0.2, warmup=0.02),
         curvature=HUTCHINSON,
         grid={
