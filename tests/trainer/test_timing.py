@@ -70,6 +70,9 @@ class Trainer:
     def refreshes_at(self, step):
         return step % 10 == 0
 
+    def compile_with_the_others(self, state, batch):
+        """There are no others."""
+
     def program_at(self, step):
         return self.refreshes_at(step) if self.on_host else None
 
