@@ -136,12 +136,12 @@ def test_only_floating_point_leaves_are_differentiated():
     tree = {"f": jnp.ones(2), "i": jnp.arange(3), "none": None, "py": 2.5, "b": jnp.array(True)}
     theta = _trees.differentiable(tree)
     assert sorted(leaf.shape for leaf in theta.leaves) == [(), (2,)]
-    back = theta.rebuild([2 * leaf for leaf in theta.leaves])
+    back = theta.combine([2 * leaf for leaf in theta.leaves])
     assert jax.tree.structure(back) == jax.tree.structure(tree)
     np.testing.assert_array_equal(back["f"], [2, 2])
     np.testing.assert_array_equal(back["i"], tree["i"])
     assert back["py"] == 5
-    filled = theta.fill([jnp.full(leaf.shape, 7.0) for leaf in theta.leaves])
+    filled = theta.combine_with_zeros([jnp.full(leaf.shape, 7.0) for leaf in theta.leaves])
     np.testing.assert_array_equal(filled["f"], [7, 7])
     np.testing.assert_array_equal(filled["i"], np.zeros(3))
     assert filled["i"].dtype == jnp.float32
