@@ -50,7 +50,7 @@ def blocks_matrices(params: Any) -> Any:
 
 def entrant(name: str, grid: Grid, estimator: vision.Estimator | None = None) -> Optimizer:
     """A row of the trainer's with another grid; short runs want a short average of h."""
-    row = variant(name, grid, warmup=0.1, b2=0.9 if estimator else 0.99)
+    row = variant(name, grid, warmup=0.1, b2=0.9 if estimator else 0.99, basis_interval=1)
     return replace(row, curvature=Curvature(estimator) if estimator else None)
 
 
@@ -68,6 +68,12 @@ ENTRANTS: dict[str, Optimizer] = {
     "sophia_h": entrant(
         "sophia_h", {**RATES, "gamma": (0.01, 0.05), "b1": (0.7,)}, vision.hutchinson
     ),
+    "sophia_g_eigenbasis": entrant(
+        "sophia_g_eigenbasis",
+        {**RATES, "gamma": (0.02, 0.1), "b1": (0.7,)},
+        vision.gauss_newton,
+    ),
+    "soap": entrant("soap", ADAMW),
 }
 
 
