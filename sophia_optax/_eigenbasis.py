@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
 from sophia_optax import _arrays
 
@@ -77,7 +77,7 @@ class MatrixView:
         whole = _arrays.reshard(wide, PartitionSpec())
         return self.sharded(whole.transpose(self.permutation).reshape(self.view), x)
 
-    def array(self, matrices: Float[Array, "s i a j b"], like: Array) -> Array:
+    def array(self, matrices: Shaped[Array, "s i a j b"], like: Array) -> Array:
         """Undoes `matrices`, but for the dtype, in the sharding of the array."""
         whole = _arrays.reshard(matrices, PartitionSpec())
         transposed = whole.reshape([self.shape[axis] for axis in self.permutation])
@@ -120,18 +120,20 @@ class MatrixView:
         )
 
     def turn(self, basis: Basis, x: Array) -> Array:
-        """Q_Lᵀ x Q_R, with zeros for what is rounding."""
-        # Where a gradient has no part in some of the axes, as with fewer examples than rows, what
-        # is left is the products' rounding. Divided by the square root of its own square, or by its
-        # own curvature, it would be a step of full length in a random direction.
-        matrices = z = self.matrices(x)
+        """Q_Lᵀ x Q_R."""
+        z = self.matrices(x)
         if basis.left_basis is not None:
             z = _einsum("siajb,siac->sicjb", z, basis.left_basis)
         if basis.right_basis is not None:
             z = _einsum("siajb,sjbc->siajc", z, basis.right_basis)
+        return self.array(z, x)
+
+    def above_rounding(self, z: Array) -> Array:
+        """Whether turned numbers are more than the rounding of the products that turned them."""
+        matrices = self.matrices(z)
         norm = jnp.sqrt(jnp.sum(jnp.square(matrices), axis=(1, 2, 3, 4), keepdims=True))
-        rounding = 4 * jnp.finfo(z.dtype).eps * jnp.where(jnp.isfinite(norm), norm, 0.0)
-        return self.array(jnp.where(jnp.abs(z) < rounding, jnp.zeros((), z.dtype), z), x)
+        rounding = 16 * jnp.finfo(matrices.dtype).eps * jnp.where(jnp.isfinite(norm), norm, 0.0)
+        return self.array(jnp.abs(matrices) >= rounding, z)
 
     def back(self, basis: Basis, z: Array) -> Array:
         """Q_L z Q_Rᵀ."""

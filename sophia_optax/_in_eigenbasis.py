@@ -183,12 +183,14 @@ def in_eigenbasis(
         coordinates = _EigenbasisCoordinates(turned, bases)
         if hessian_fn is not None:
             extra_args["hessian_fn"] = _in_coordinates(hessian_fn, coordinates)
+        turned_gradients = coordinates.turn(gradients)
         moved, inner_state = inner.update(
-            coordinates.turn(gradients),
+            turned_gradients,
             inner_state,
             None if params is None else coordinates.turn(params),
             **extra_args,
         )
+        moved = turned.without_rounding(moved, inner_state, turned_gradients)
         new_state = InEigenbasisState(
             count=_arrays.increment(state.count),
             rejected=jnp.where(finite, state.rejected, _arrays.increment(state.rejected)),
@@ -308,6 +310,38 @@ class _TurnedLeaves(NamedTuple):
         for momentum, value in zip(self.momenta(inner_state), values, strict=True):
             leaves[momentum.leaf] = value
         return treedef.unflatten(leaves)
+
+    def without_rounding(
+        self, moved: PyTree[Any], inner_state: Any, turned_gradients: PyTree[Any]
+    ) -> PyTree[Any]:
+        """Takes no step along coordinates whose momentum is rounding.
+
+        A gradient has no part in some of the axes when a batch has fewer examples than a matrix has
+        rows. What is left there is the rounding of the products. Divided by the square root of its
+        own square, or by its own curvature, it would be a step of full length in a random
+        direction.
+
+        Args:
+          moved: the inner transformation's updates, in the turned coordinates.
+          inner_state: its new state.
+          turned_gradients: what stands for the momenta where the inner state has none.
+
+        Returns:
+          The updates, with zeros there.
+        """
+        known: dict[int, Array] = {}
+        for momentum in self.momenta(inner_state):
+            own = self.views[momentum.owner].above_rounding(momentum.value)
+            known[momentum.owner] = known.get(momentum.owner, jnp.array(False)) | own
+        gradients = self.treedef.flatten_up_to(turned_gradients)
+        leaves = self.treedef.flatten_up_to(moved)
+        for number, index in enumerate(self.indices):
+            if not _trees.is_absent(leaves[index]):
+                kept = known.get(number)
+                if kept is None:
+                    kept = self.views[number].above_rounding(gradients[index])
+                leaves[index] = jnp.where(kept, leaves[index], jnp.zeros((), leaves[index].dtype))
+        return self.treedef.unflatten(leaves)
 
     def change(self, momentum: _Momentum, old: tuple[Basis, ...], new: tuple[Basis, ...]) -> Array:
         """Turns a momentum from one basis into another."""

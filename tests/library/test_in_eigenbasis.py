@@ -502,6 +502,38 @@ def test_the_state_is_finite_and_the_bases_orthogonal_whatever_the_gradients(
         np.testing.assert_allclose(q[0, 0].T @ q[0, 0], np.eye(q.shape[-1]), atol=1e-5)
 
 
+def test_no_step_is_long_where_the_gradient_has_no_part() -> None:
+    """With fewer examples than rows. Adam divides what is left there by its own size."""
+    rows, columns = jax.random.split(KEYS[7])
+    g = jax.random.normal(rows, (256, 64)) @ jax.random.normal(columns, (64, 64))
+    tx = soap(basis_interval=10)
+    state = tx.init(g)
+    update = jax.jit(lambda s: tx.update(g, s))
+    for _ in range(20):
+        updates, state = update(state)
+    # A step of at most about one in each of the 64 x 64 coordinates in which there is a gradient.
+    assert jnp.linalg.norm(updates) < 64
+
+
+@pytest.mark.parametrize("rank", [1, 8])
+def test_no_step_leaves_the_space_of_gradients_of_low_rank(rank: int) -> None:
+    rows, columns = jax.random.split(KEYS[7])
+    left, right = jax.random.normal(rows, (64, rank)), jax.random.normal(columns, (rank, 64))
+    g = 1e-3 * left @ right
+    tx = sophia(basis_interval=10)
+    state = tx.init(g)
+    square = lambda key, coordinates: jnp.square(coordinates.turn(g))  # noqa: E731
+    update = jax.jit(lambda s: tx.update(g, s, hessian_fn=square))
+    for _ in range(20):
+        updates, state = update(state)
+    project_left, project_right = (
+        q @ q.T for q in (jnp.linalg.qr(left)[0], jnp.linalg.qr(right.T)[0])
+    )
+    inside = project_left @ updates @ project_right
+    np.testing.assert_allclose(jnp.linalg.norm(inside), rank, rtol=1e-3)
+    assert jnp.linalg.norm(updates - inside) < 1e-4
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_gradient_that_is_not_finite_counts_as_zero_and_is_counted(bad: float) -> None:
     state, step = update_of_a_matrix()
