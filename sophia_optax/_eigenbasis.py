@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float
 
 from sophia_optax import _arrays
 
@@ -57,6 +57,7 @@ class MatrixView:
 
     Attributes:
       permutation: the order of the axes: those of the stack, of the rows, of the columns.
+      stack_axes: how many of them are stacked.
       shape: of the array.
       view: `[stack, left blocks, left block, right blocks, right block]`.
       turns_left: whether the rows have a basis.
@@ -64,6 +65,7 @@ class MatrixView:
     """
 
     permutation: tuple[int, ...]
+    stack_axes: int
     shape: tuple[int, ...]
     view: tuple[int, int, int, int, int]
     turns_left: bool
@@ -77,7 +79,7 @@ class MatrixView:
         whole = _arrays.reshard(wide, PartitionSpec())
         return self.sharded(whole.transpose(self.permutation).reshape(self.view), x)
 
-    def array(self, matrices: Shaped[Array, "s i a j b"], like: Array) -> Array:
+    def array(self, matrices: Float[Array, "s i a j b"], like: Array) -> Array:
         """Undoes `matrices`, but for the dtype, in the sharding of the array."""
         whole = _arrays.reshard(matrices, PartitionSpec())
         transposed = whole.reshape([self.shape[axis] for axis in self.permutation])
@@ -130,10 +132,12 @@ class MatrixView:
 
     def above_rounding(self, z: Array) -> Array:
         """Whether turned numbers are more than the rounding of the products that turned them."""
-        matrices = self.matrices(z)
-        norm = jnp.sqrt(jnp.sum(jnp.square(matrices), axis=(1, 2, 3, 4), keepdims=True))
-        rounding = 16 * jnp.finfo(matrices.dtype).eps * jnp.where(jnp.isfinite(norm), norm, 0.0)
-        return self.array(jnp.abs(matrices) >= rounding, z)
+        # In the array's own shape and sharding: no more than the norms is communicated.
+        wide = z.astype(_arrays.at_least_float32(z.dtype))
+        axes = self.permutation[self.stack_axes :]
+        norm = jnp.sqrt(jnp.sum(jnp.square(wide), axis=axes, keepdims=True))
+        rounding = 16 * jnp.finfo(wide.dtype).eps * jnp.where(jnp.isfinite(norm), norm, 0.0)
+        return jnp.abs(wide) >= rounding
 
     def back(self, basis: Basis, z: Array) -> Array:
         """Q_L z Q_Rᵀ."""

@@ -329,18 +329,18 @@ class _TurnedLeaves(NamedTuple):
         Returns:
           The updates, with zeros there.
         """
-        known: dict[int, Array] = {}
-        for momentum in self.momenta(inner_state):
-            own = self.views[momentum.owner].above_rounding(momentum.value)
-            known[momentum.owner] = known.get(momentum.owner, jnp.array(False)) | own
+        above: dict[int, Array] = {}
+        for _, owner, value in self.momenta(inner_state):
+            own = self.views[owner].above_rounding(value)
+            above[owner] = above[owner] | own if owner in above else own
         gradients = self.treedef.flatten_up_to(turned_gradients)
         leaves = self.treedef.flatten_up_to(moved)
         for number, index in enumerate(self.indices):
             if not _trees.is_absent(leaves[index]):
-                kept = known.get(number)
-                if kept is None:
-                    kept = self.views[number].above_rounding(gradients[index])
-                leaves[index] = jnp.where(kept, leaves[index], jnp.zeros((), leaves[index].dtype))
+                if number not in above:
+                    above[number] = self.views[number].above_rounding(gradients[index])
+                zero = jnp.zeros((), leaves[index].dtype)
+                leaves[index] = jnp.where(above[number], leaves[index], zero)
         return self.treedef.unflatten(leaves)
 
     def change(self, momentum: _Momentum, old: tuple[Basis, ...], new: tuple[Basis, ...]) -> Array:

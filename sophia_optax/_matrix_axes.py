@@ -126,6 +126,7 @@ def matrix_view(
     )
     return MatrixView(
         permutation=(*stack, *left, *right),
+        stack_axes=len(stack),
         shape=tuple(shape),
         view=(
             math.prod(shape[axis] for axis in stack),

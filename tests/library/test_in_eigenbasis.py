@@ -17,7 +17,7 @@ import sophia_optax
 from sophia_optax import MatrixAxes, in_eigenbasis
 from sophia_optax._eigenbasis import refreshed
 from sophia_optax._matrix_axes import matrix_view
-from tests import oracles
+from tests import hlo, oracles
 from tests.transforms import Calls
 
 Tree = Any
@@ -470,6 +470,19 @@ def test_eight_devices_give_the_numbers_of_one(axis_type: AxisType, spec: Any) -
     if axis_type == AxisType.Explicit:
         assert found["w"].sharding.is_equivalent_to(sharded[0]["w"].sharding, ndim=2)
     chex.assert_trees_all_close(found, expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_rounding_is_found_without_gathering_the_momentum(axis_type: AxisType) -> None:
+    view = matrix_view((16, 8), (0,), (1,), max_size=16, block_size=None)
+    assert view is not None
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    with jax.set_mesh(mesh):
+        momentum = jax.device_put(jnp.ones((16, 8)), rows)
+        compiled = jax.jit(view.above_rounding, out_shardings=rows).lower(momentum).compile()
+    assert hlo.collectives(compiled)
+    assert not hlo.collectives(compiled, more_than=1)
 
 
 # Bad gradients
