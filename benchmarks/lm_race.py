@@ -27,6 +27,7 @@ from benchmarks.lib.provenance import RESULTS, provenance
 from benchmarks.lib.sweep import Runs, Workload, compiled
 from examples.lm import data, plan
 from examples.lm.config import ModelConfig
+from examples.lm.model import parameter_count
 from examples.lm.tune import LADDERS, search
 
 
@@ -180,7 +181,13 @@ def race(config: RaceConfig) -> None:
     flops, seconds = costs(done, RESULTS / "lm_race.json")
     chosen = [row for row in journal.rows if (row["key"]["regime"], row["key"]["entrant"]) in done]
     summary = race_table.summarize(chosen, flops, seconds)
-    settings = {name: dataclasses.asdict(REGIMES[name]) for name in summary}
+    settings = {
+        name: {
+            **dataclasses.asdict(REGIMES[name]),
+            "parameters": parameter_count(REGIMES[name].workload.run("adamw").model),
+        }
+        for name in summary
+    }
     result = {
         **origin,
         "regimes": settings,

@@ -129,7 +129,7 @@ def plot(summary: dict[str, Any], path: Path) -> None:
             axes.plot(budgets, losses.mean(axis=1), label=NAMES[name], **style)
             bounds = losses.min(axis=1), losses.max(axis=1)
             axes.fill_between(budgets, *bounds, color=colours[name], alpha=0.15, linewidth=0)
-        axes.set(xscale="log", xlabel="steps, each run with a full decay", title=f"{regime} batch")
+        axes.set(xscale="log", xlabel="steps, each run with a full decay", title=f"{regime} regime")
         axes.set_xticks(budgets, [str(b) for b in budgets], minor=False)
         axes.minorticks_off()
         axes.grid(alpha=0.25)

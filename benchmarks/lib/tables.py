@@ -246,6 +246,7 @@ def race_regimes() -> str:
         rows.append(
             [
                 regime,
+                f"{row['parameters']:,d}",
                 f"{setting['batch_size']} × {setting['model']['context']}",
                 f"{setting['curvature_batch']} sequences",
                 row["tries"],
@@ -254,8 +255,8 @@ def race_regimes() -> str:
                 len(row["seeds"]),
             ]
         )
-    header = ["regime", "sequences × bytes a step", "curvature", "tries", "their steps", "steps"]
-    return markdown([*header, "seeds"], rows)
+    header = ["regime", "parameters", "sequences × bytes a step", "curvature", "tries"]
+    return markdown([*header, "their steps", "steps", "seeds"], rows)
 
 
 def race_points(regime: str) -> str:
@@ -299,7 +300,8 @@ def race_summary() -> str:
     header = [""]
     for regime in regimes:
         setting = read("lm_race.json")["regimes"][regime]
-        shape = f"{setting['workload']['batch_size']} × {setting['workload']['model']['context']}"
+        workload, model = setting["workload"], setting["workload"]["model"]
+        shape = f"width {model['width']}, {workload['batch_size']} × {model['context']}"
         header += [f"{shape}, {setting['budgets'][-1]} steps: loss", "steps"]
     return markdown(header, rows)
 
