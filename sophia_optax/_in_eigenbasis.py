@@ -26,7 +26,6 @@ from the authors' SOAP:
 """
 
 import inspect
-from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -37,10 +36,8 @@ from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 from sophia_optax import _arrays, _checks, _eigenbasis, _trees
 from sophia_optax._eigenbasis import Basis, MatrixView
 from sophia_optax._matrix_axes import DimensionNumbers, matrix_views
+from sophia_optax._turned_leaves import EigenbasisCoordinates, TurnedLeaves
 from sophia_optax._types import Coordinates, HessianFn, Params, Scalar
-
-MOMENTUM_NAMES = ("mu", "trace")
-"""What an inner state calls a momentum, which turns with the basis."""
 
 
 class InEigenbasisState(NamedTuple):
@@ -161,7 +158,7 @@ def in_eigenbasis(
         state = cast(InEigenbasisState, state)
         _check_refresh_basis(refresh_basis)
         like = updates if params is None else params
-        turned = _TurnedLeaves.of(like, views_of(like))
+        turned = TurnedLeaves.of(like, views_of(like))
         bases, gradients, finite = turned.observe(state.bases, updates, decay)
         inner_state = state.inner
 
@@ -180,7 +177,7 @@ def in_eigenbasis(
             bases, momenta = refreshed() if refresh_basis else kept()
         inner_state = turned.with_momenta(inner_state, momenta)
 
-        coordinates = _EigenbasisCoordinates(turned, bases)
+        coordinates = EigenbasisCoordinates(turned, bases)
         if hessian_fn is not None:
             extra_args["hessian_fn"] = _in_coordinates(hessian_fn, coordinates)
         turned_gradients = coordinates.turn(gradients)
@@ -200,169 +197,6 @@ def in_eigenbasis(
         return turned.cast(coordinates.back(moved), updates, params), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-class _Momentum(NamedTuple):
-    """A momentum in an inner state: its place among the leaves, whose it is, its value."""
-
-    leaf: int
-    owner: int
-    value: Array
-
-
-class _TurnedLeaves(NamedTuple):
-    """The leaves of a tree that have a basis, and how to reach them in trees of its structure.
-
-    Attributes:
-      treedef: the structure of the tree, with a leaf for each absent node.
-      indices: which of the leaves have a basis.
-      paths: their paths.
-      views: how they are read as matrices.
-    """
-
-    treedef: Any
-    indices: tuple[int, ...]
-    paths: tuple[str, ...]
-    views: tuple[MatrixView, ...]
-
-    @classmethod
-    def of(cls, tree: PyTree[Any], views: list[MatrixView | None]) -> "_TurnedLeaves":
-        """Finds the leaves that have a view; `views` has one for each leaf that is not absent."""
-        flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_trees.is_absent)
-        present = [(i, path) for i, (path, leaf) in enumerate(flat) if not _trees.is_absent(leaf)]
-        chosen = [
-            (index, jax.tree_util.keystr(path), view)
-            for (index, path), view in zip(present, views, strict=True)
-            if view is not None
-        ]
-        indices, paths, own = zip(*chosen, strict=True) if chosen else ((), (), ())
-        return cls(treedef, indices, paths, own)
-
-    def map(
-        self, function: Callable[[MatrixView, Basis, Array], Array], bases: Any, tree: PyTree[Any]
-    ) -> PyTree[Any]:
-        """Applies a function to the leaves that have a basis and are not absent."""
-        leaves = self.treedef.flatten_up_to(tree)
-        for number, index in enumerate(self.indices):
-            if not _trees.is_absent(leaves[index]):
-                leaves[index] = function(self.views[number], bases[number], leaves[index])
-        return self.treedef.unflatten(leaves)
-
-    def observe(
-        self, bases: tuple[Basis, ...] | Array, updates: PyTree[Any], decay: Any
-    ) -> tuple[tuple[Basis, ...], PyTree[Any], Any]:
-        """Averages gradients into the factors.
-
-        Args:
-          bases: before.
-          updates: the gradients.
-          decay: β.
-
-        Returns:
-          The bases with their new factors; the gradients, with zeros for those whose squares are
-          not finite; and whether all of them are finite.
-        """
-        new, finite = [], jnp.array(True)
-        leaves = self.treedef.flatten_up_to(updates)
-        for index, view, basis in zip(self.indices, self.views, self.own(bases), strict=True):
-            g = leaves[index]
-            if _trees.is_absent(g):
-                new.append(basis)
-                continue
-            observed, known = view.observe(basis, g, decay)
-            new.append(observed)
-            leaves[index] = jnp.where(known, g, jnp.zeros((), g.dtype))
-            finite &= known
-        return tuple(new), self.treedef.unflatten(leaves), finite
-
-    def own(self, bases: tuple[Basis, ...] | Array) -> tuple[Basis, ...]:
-        """The bases of a state, where a zero stands for none."""
-        return cast(tuple[Basis, ...], bases) if self.indices else ()
-
-    def cast(
-        self, updates: PyTree[Any], gradients: PyTree[Any], params: PyTree[Any] | None
-    ) -> PyTree[Any]:
-        """Rounds updates to the dtypes that gradients and params promote to, where turned."""
-        grads = self.treedef.flatten_up_to(gradients)
-        others = grads if params is None else self.treedef.flatten_up_to(params)
-        leaves = self.treedef.flatten_up_to(updates)
-        for index in self.indices:
-            if not _trees.is_absent(leaves[index]):
-                leaves[index] = leaves[index].astype(jnp.result_type(grads[index], others[index]))
-        return self.treedef.unflatten(leaves)
-
-    def momenta(self, inner_state: Any) -> list[_Momentum]:
-        """Finds the momenta of these leaves, by the names in `MOMENTUM_NAMES`."""
-        owners = {path: number for number, path in enumerate(self.paths)}
-        found = []
-        for position, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(inner_state)):
-            for depth, key in enumerate(path):
-                if getattr(key, "name", getattr(key, "key", None)) in MOMENTUM_NAMES:
-                    owner = owners.get(jax.tree_util.keystr(path[depth + 1 :]))
-                    if owner is not None:
-                        found.append(_Momentum(position, owner, leaf))
-                        break
-        return found
-
-    def with_momenta(self, inner_state: Any, values: list[Array]) -> Any:
-        """Replaces the momenta of these leaves."""
-        leaves, treedef = jax.tree.flatten(inner_state)
-        for momentum, value in zip(self.momenta(inner_state), values, strict=True):
-            leaves[momentum.leaf] = value
-        return treedef.unflatten(leaves)
-
-    def without_rounding(
-        self, moved: PyTree[Any], inner_state: Any, turned_gradients: PyTree[Any]
-    ) -> PyTree[Any]:
-        """Takes no step along coordinates whose momentum is rounding.
-
-        A gradient has no part in some of the axes when a batch has fewer examples than a matrix has
-        rows. What is left there is the rounding of the products. Divided by the square root of its
-        own square, or by its own curvature, it would be a step of full length in a random
-        direction.
-
-        Args:
-          moved: the inner transformation's updates, in the turned coordinates.
-          inner_state: its new state.
-          turned_gradients: what stands for the momenta where the inner state has none.
-
-        Returns:
-          The updates, with zeros there.
-        """
-        above: dict[int, Array] = {}
-        for _, owner, value in self.momenta(inner_state):
-            own = self.views[owner].above_rounding(value)
-            above[owner] = above[owner] | own if owner in above else own
-        gradients = self.treedef.flatten_up_to(turned_gradients)
-        leaves = self.treedef.flatten_up_to(moved)
-        for number, index in enumerate(self.indices):
-            if not _trees.is_absent(leaves[index]):
-                if number not in above:
-                    above[number] = self.views[number].above_rounding(gradients[index])
-                zero = jnp.zeros((), leaves[index].dtype)
-                leaves[index] = jnp.where(above[number], leaves[index], zero)
-        return self.treedef.unflatten(leaves)
-
-    def change(self, momentum: _Momentum, old: tuple[Basis, ...], new: tuple[Basis, ...]) -> Array:
-        """Turns a momentum from one basis into another."""
-        view, value = self.views[momentum.owner], momentum.value
-        own_axes = view.back(old[momentum.owner], value)
-        return view.turn(new[momentum.owner], own_axes).astype(value.dtype)
-
-
-class _EigenbasisCoordinates(NamedTuple):
-    """The `Coordinates` in which the inner transformation works."""
-
-    leaves: _TurnedLeaves
-    bases: tuple[Basis, ...]
-
-    def turn(self, tree: PyTree[Any]) -> PyTree[Any]:
-        """From the parameters' own axes into the eigenbasis."""
-        return self.leaves.map(MatrixView.turn, self.bases, tree)
-
-    def back(self, tree: PyTree[Any]) -> PyTree[Any]:
-        """From the eigenbasis into the parameters' own axes."""
-        return self.leaves.map(MatrixView.back, self.bases, tree)
 
 
 def _restore_dtype(new: Any, old: Any) -> Any:
