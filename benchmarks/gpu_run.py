@@ -1,172 +1,159 @@
-"""AdamW, Sophia-G and Sophia-H on a GPU: losses, step times as ratios, memory, MFU.
+"""What a training step costs on an accelerator: seconds over AdamW's, MFU and memory.
 
-    python -m benchmarks.gpu_run [--quick]
+    python -m benchmarks.gpu_run [--model gpt2-124m] [--quick]
 
-Each run is one `python -m examples.lm train`. A command stops after `--seconds` with exit code 3
-and its run saved; the same command goes on there, and has finished once it exits with 0. Writes
-`benchmarks/results/gpu_run.json` after every run. docs/how-to/gpu.md says more.
+Every row is the train step of `examples.lm` with one optimizer and its flags. All rows are compiled
+first, side by side, then timed in turns, from one curvature estimate to the next, so that a slow
+moment counts for all. The memory is what XLA reports of the compiled step. Writes
+`results/gpu_run.json`, one entry for each model, after each compilation and each round.
+docs/how-to/gpu.md says more.
 """
 
 import argparse
+import dataclasses
 import json
-import re
-import signal
-import subprocess
-import sys
+import statistics
+import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import jax
 
 from benchmarks.lib.provenance import RESULTS, provenance
-from examples.lm import data
+from examples.lm import data, flops, plan, timing
+from examples.lm.config import MODELS, MeshConfig, TrainConfig
+from examples.lm.run import resolve
+from examples.lm.train import Trainer
 
-NOT_DONE = 3
-
-# Beside the three runs of full length, how the step changes with these flags, on fewer steps.
-VARIANTS = {
-    "sophia_g, refresh host": ("sophia_g", ["--refresh", "host"]),
-    "sophia_h, refresh host": ("sophia_h", ["--refresh", "host"]),
-    "adamw, attention cudnn": ("adamw", ["--attention", "cudnn"]),
-    "sophia_g, attention cudnn": ("sophia_g", ["--attention", "cudnn"]),
-    "sophia_h, attention cudnn": ("sophia_h", ["--attention", "cudnn"]),
+# The optimizer and the flags of each row.
+ROWS: dict[str, dict[str, Any]] = {
+    "adamw": {},
+    "muon": {},
+    "sophia_g": {},
+    "sophia_h": {},
+    "sophia_g_eigenbasis": {"basis_interval": 10},
+    "sophia_g_eigenbasis, basis every step": {"basis_interval": 1},
+    "soap": {"basis_interval": 10},
+    "sophia_g, refresh host": {"refresh": "host"},
+    "sophia_h, refresh host": {"refresh": "host"},
+}
+CUDNN = {
+    f"{name}, attention cudnn": ROWS[name] | {"attention": "cudnn"}
+    for name in ("adamw", "sophia_g", "sophia_h", "sophia_g_eigenbasis")
 }
 
 
-def prepare(folder: Path, source: str, tokenizer: str) -> None:
-    """Tokenizes the text once, for all the runs."""
-    if (folder / "val.bin").exists():
-        return
-    corpus = data.load(source, tokenizer)
-    folder.mkdir(parents=True, exist_ok=True)
-    corpus.train.astype(np.uint16).tofile(folder / "train.bin")
-    held_out = np.concatenate([corpus.tune, corpus.validation])
-    held_out.astype(np.uint16).tofile(folder / "val.bin")
+def trainer_of(name: str, flags: dict[str, Any], config: argparse.Namespace) -> Trainer:
+    """The compiled step of a row, on one device."""
+    run = resolve(
+        TrainConfig(
+            model=config.model,
+            optimizer=name.partition(",")[0],
+            batch_size=config.batch_size,
+            curvature_batch=config.curvature_batch,
+            mesh=MeshConfig(1, 1, 1),
+            **flags,
+        ),
+        devices=jax.devices()[:1],
+    )
+    return plan.trainer_of(run)
 
 
-def train(folder: Path, flags: list[str], deadline: float) -> str:
-    """Starts or continues a run; returns "done", "stopped" by the deadline, or its last words."""
-    if (folder / "summary.json").exists():
-        return "done"
-    resume = ["--resume"] if (folder / "run.json").exists() else []
-    command = [sys.executable, "-m", "examples.lm", "train", *flags, *resume, "--out", str(folder)]
-    log = folder.with_suffix(".log")
-    with log.open("a") as output, subprocess.Popen(command, stdout=output, stderr=output) as run:
-        try:
-            run.wait(max(deadline - time.monotonic(), 1))
-        except subprocess.TimeoutExpired:
-            run.send_signal(signal.SIGTERM)
-    if run.returncode not in (0, -signal.SIGTERM):
-        return log.read_text().strip().splitlines()[-1]
-    return "done" if (folder / "summary.json").exists() else "stopped"
-
-
-def seconds_of(lines: list[dict[str, Any]], tokens: int) -> tuple[float, float]:
-    """Medians of steps without and with an estimate, the first few of a process left out."""
-    speeds = [(line["step"], line.get("tokens_per_second")) for line in lines[5:]]
-    steps = [(step, tokens / speed) for step, speed in speeds if speed]  # none where it compiled
-    plain = [seconds for step, seconds in steps if step % 10]
-    refresh = [seconds for step, seconds in steps if step % 10 == 0]
-    return float(np.median(plain)), float(np.median(refresh))
-
-
-def figures(folder: Path) -> dict[str, Any]:
-    """A finished run's numbers."""
-    summary = json.loads((folder / "summary.json").read_text())
-    (result,) = summary["runs"].values()
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    training = [line for line in lines if "loss" in line]
-    tokens = summary["config"]["batch_size"] * summary["context"]
-    plain, refresh = seconds_of(training, tokens)
-    shares = [line["mfu"] for line in training[5:] if "mfu" in line and line["step"] % 10]
+def compile_step(trainer: Trainer) -> dict[str, Any]:
+    """Compiles a row's programs into the cache."""
+    started = time.perf_counter()
+    programs = [
+        plan.traced(trainer, refresh).compile()
+        for refresh in {trainer.program_at(0), trainer.program_at(1)}
+    ]
     return {
-        "validation_loss": {line["step"]: line["val_loss"] for line in lines if "val_loss" in line},
-        "plain_step_seconds": plain,
-        "refresh_step_seconds": refresh,
-        "step_seconds": 0.9 * plain + 0.1 * refresh,
-        "mfu": float(np.median(shares)) if shares else None,
-        "peak_bytes": result["peak_bytes"],
-        "win_rate": result["win_rate"],
+        "compile_seconds": time.perf_counter() - started,
+        "peak_bytes": max(plan.peak_bytes(program) for program in programs),
     }
 
 
-def ratios(runs: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Step times over AdamW's with the same attention, and those of `lax.cond` over the host's."""
-    out = {}
-    for name, run in runs.items():
-        optimizer, _, flags = name.partition(", ")
-        base = runs.get("adamw, attention cudnn" if "cudnn" in flags else "adamw")
-        if optimizer != "adamw" and base:
-            out[f"{name} / adamw"] = run["step_seconds"] / base["step_seconds"]
-        if flags == "refresh host" and optimizer in runs:
-            for kind in ("plain_step_seconds", "refresh_step_seconds"):
-                label = f"{optimizer}: cond / host, {kind.split('_')[0]} step"
-                out[label] = runs[optimizer][kind] / run[kind]
-    return out
+def figures(trainer: Trainer, turns: list[timing.Times]) -> dict[str, Any]:
+    """A row's numbers, from its turns."""
+    steps = [step for seconds, flags in turns for step in zip(seconds, flags, strict=True)]
+    refresh = [seconds for seconds, refreshed in steps if refreshed]
+    model, tokens = trainer.run.model, trainer.run.config.batch_size * trainer.run.model.context
+    average = statistics.median(statistics.mean(seconds) for seconds, _ in turns)
+    return {
+        "plain_step_seconds": statistics.median(s for s, refreshed in steps if not refreshed),
+        "refresh_step_seconds": statistics.median(refresh) if refresh else None,
+        "step_seconds": average,
+        "mfu": flops.utilization(model, tokens / average, jax.devices()[:1]),
+    }
+
+
+def over_adamw(name: str, turns: dict[str, list[timing.Times]]) -> float:
+    """The median over the rounds of an average step's seconds over AdamW's, attention alike."""
+    base = turns["adamw, attention cudnn" if "cudnn" in name else "adamw"]
+    rounds = zip(turns[name], base, strict=True)
+    return statistics.median(statistics.mean(a[0]) / statistics.mean(b[0]) for a, b in rounds)
 
 
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="gpt2-124m")
-    parser.add_argument("--data", default="packages")
-    parser.add_argument("--tokenizer", default="bpe:50257")
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--variant-steps", type=int, default=60)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--curvature-batch", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=540, help="for this command")
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--curvature-batch", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--results", type=Path, default=RESULTS / "gpu_run.json")
-    parser.add_argument("--quick", action="store_true", help="two tiny runs, to see that it works")
+    parser.add_argument("--quick", action="store_true", help="two tiny rows, to see that it works")
     config = parser.parse_args()
     if config.quick:
-        config.model, config.data, config.tokenizer = "tiny", "stdlib", "bytes"
-        config.steps = config.variant_steps = 12
-        config.batch_size, config.curvature_batch = 2, 1
-        config.out, config.results = Path("runs/gpu-quick"), Path("runs/gpu_run.json")
+        config.model, config.batch_size, config.rounds = "tiny", 2, 1
+        config.results = Path("runs/gpu_run.json")
     return config
 
 
-def main() -> int:
-    """Runs what is missing, as far as the time goes, and writes the results."""
-    config, started = arguments(), time.monotonic()
-    prepare(config.out / "tokens", config.data, config.tokenizer)
-    names = ("adamw", "sophia_g") if config.quick else ("adamw", "sophia_g", "sophia_h")
-    runs = {name: (name, []) for name in names} | ({} if config.quick else VARIANTS)
-    result: dict[str, Any] = {**provenance("benchmarks.gpu_run"), "runs": {}, "failed": {}}
-    for name, (optimizer, flags) in runs.items():
-        folder = config.out / re.sub(r"\W+", "-", name)
-        steps = config.variant_steps if flags else config.steps
-        settings = {
-            "--model": config.model,
-            "--data": f"bin:{config.out / 'tokens'}",
-            "--optimizer": optimizer,
-            "--steps": steps,
-            "--batch-size": config.batch_size,
-            "--curvature-batch": config.curvature_batch,
-            "--eval-interval": max(steps // 4, 1),
-            "--save-interval": max(steps // 4, 1),
-            "--keep": 1,
-            "--log-interval": 1,
-        }
-        every = [str(part) for setting in settings.items() for part in setting]
-        outcome = train(folder, [*every, *flags], started + config.seconds)
-        print(f"{name}: {outcome}", flush=True)
-        if outcome == "stopped":
-            return NOT_DONE
-        if outcome == "done":
-            result["runs"][name] = figures(folder)
-            result["device"] = json.loads((folder / "summary.json").read_text())["device"]
-        else:
-            result["failed"][name] = outcome
-        result["ratios"] = ratios(result["runs"])
+def main() -> None:
+    """Compiles and times every row, and writes the results."""
+    config = arguments()
+    rows = ROWS | (CUDNN if jax.default_backend() == "gpu" else {})
+    if config.quick:
+        rows = {name: rows[name] for name in ("adamw", "sophia_g_eigenbasis")}
+    results: dict[str, dict[str, Any]] = {name: {} for name in rows}
+    origin = {
+        **provenance("benchmarks.gpu_run"),
+        "device": jax.devices()[0].device_kind,
+        "model": dataclasses.asdict(MODELS[config.model]),
+        **{name: vars(config)[name] for name in ("batch_size", "curvature_batch", "rounds")},
+    }
+
+    def write() -> None:
         config.results.parent.mkdir(parents=True, exist_ok=True)
-        config.results.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result["ratios"], indent=2))
-    return 0
+        known = json.loads(config.results.read_text()) if config.results.exists() else {}
+        known[config.model] = {**origin, "rows": results}
+        config.results.write_text(json.dumps(known, indent=2) + "\n")
+
+    corpus = data.load("stdlib")
+    with tempfile.TemporaryDirectory() as cache:
+        jax.config.update("jax_compilation_cache_dir", cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        trainers = {name: trainer_of(name, flags, config) for name, flags in rows.items()}
+        with ThreadPoolExecutor() as pool:
+            compiling = {pool.submit(compile_step, trainers[name]): name for name in rows}
+            for done in as_completed(compiling):
+                results[compiling[done]] |= done.result()
+                print(compiling[done], done.result(), flush=True)
+                write()
+        turns: dict[str, list[timing.Times]] = {name: [] for name in rows}
+        for trainer in trainers.values():
+            timing.turn(trainer, corpus)  # loads the programs
+        for _ in range(config.rounds):
+            for name, trainer in trainers.items():
+                turns[name].append(timing.turn(trainer, corpus))
+            for name, trainer in trainers.items():
+                ratio = {"step_seconds_over_adamw": over_adamw(name, turns)}
+                results[name] |= figures(trainer, turns[name]) | ratio
+            write()
+    print(json.dumps(results, indent=2))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,4 +1,4 @@
-"""Which orthonormalization refreshes a basis: QR, two rounds of CholeskyQR, or Newton-Schulz.
+"""Which orthonormalization refreshes a basis: QR, rounds of CholeskyQR, or Newton-Schulz.
 
     pip install -e '.[examples,tpu]'
     python -m benchmarks.orthonormalize [--quick]
@@ -7,12 +7,12 @@ A refresh of `in_eigenbasis` makes orth(L Q) from a factor L and a basis Q that 
 eigenbasis. Here L has eigenvalues that fall by a number of decades, or is singular. Measured are:
 
 * the error, the largest entry of |QᵀQ - I|, in float32;
-* the seconds on this CPU over those of QR, a median over rounds in which all three run in turn;
+* the seconds over those of QR on this CPU or GPU, a median over rounds in which all run in turn;
 * for a TPU, compiled ahead of time without one: the processor's seconds of the compilation, the
   temporary memory and XLA's FLOPs. `flops_over_cube` has the textbook's FLOPs.
 
-Writes `results/orthonormalize.json`, and measures what is missing there. The TPU's part needs the
-extra `tpu`.
+Writes `results/orthonormalize.json`, and measures what is missing there. On a machine with a GPU it
+measures that one's part alone. The TPU's part needs the extra `tpu`.
 """
 
 import functools
@@ -45,9 +45,11 @@ def qr(a: jax.Array) -> jax.Array:
     return jnp.linalg.qr(a)[0]
 
 
-def cholesky_qr(a: jax.Array) -> jax.Array:
-    """a R⁻¹ with the Cholesky factor R of aᵀ a."""
-    lower = jnp.linalg.cholesky(gram(a))
+def cholesky_qr(a: jax.Array, shift: float = 0.0) -> jax.Array:
+    """a R⁻¹ with the Cholesky factor R of aᵀ a, plus a multiple of its trace on the diagonal."""
+    square = gram(a)
+    trace = jnp.trace(square, axis1=-2, axis2=-1)[..., None, None]
+    lower = jnp.linalg.cholesky(square + shift * trace * jnp.eye(a.shape[-1]))
     solve = jax.lax.linalg.triangular_solve
     return solve(lower, a, left_side=False, lower=True, transpose_a=True)
 
@@ -55,6 +57,11 @@ def cholesky_qr(a: jax.Array) -> jax.Array:
 def cholesky_qr2(a: jax.Array) -> jax.Array:
     """Twice, as the error of one round is that of aᵀ a."""
     return cholesky_qr(cholesky_qr(a))
+
+
+def shifted_cholesky_qr3(a: jax.Array) -> jax.Array:
+    """Twice after a round whose Gram matrix rounding cannot make indefinite: the library's."""
+    return cholesky_qr2(cholesky_qr(a, a.shape[-1] * jnp.finfo(a.dtype).eps))
 
 
 def newton_schulz(a: jax.Array) -> jax.Array:
@@ -68,11 +75,17 @@ def newton_schulz(a: jax.Array) -> jax.Array:
 METHODS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "qr": qr,
     "cholesky_qr2": cholesky_qr2,
+    "shifted_cholesky_qr3": shifted_cholesky_qr3,
     "newton_schulz": newton_schulz,
 }
 # Of n x n matrices, over n³. Householder: 4/3 for R and 4/3 for Q. CholeskyQR, twice: 2 for the
 # product, 1/3 for the factor, 1 for the triangular solve. Newton-Schulz: two products a step.
-FLOPS = {"qr": 8 / 3, "cholesky_qr2": 2 * (2 + 1 / 3 + 1), "newton_schulz": 4 * STEPS}
+FLOPS = {
+    "qr": 8 / 3,
+    "cholesky_qr2": 2 * (2 + 1 / 3 + 1),
+    "shifted_cholesky_qr3": 3 * (2 + 1 / 3 + 1),
+    "newton_schulz": 4 * STEPS,
+}
 
 
 def problem(
@@ -107,7 +120,7 @@ def error(q: jax.Array) -> float | None:
     return float(errors.max()) if bool(jnp.isfinite(errors).all()) else None
 
 
-def on_cpu(stack: int, size: int, rounds: int = 9) -> dict[str, Any]:
+def on_this_device(stack: int, size: int, rounds: int = 9) -> dict[str, Any]:
     """Errors on factors of several kinds, and seconds over those of QR."""
     factors = {
         "2 decades": problem(stack, size, 2),
@@ -120,17 +133,23 @@ def on_cpu(stack: int, size: int, rounds: int = 9) -> dict[str, Any]:
     errors = {
         name: {kind: error(run(a)) for kind, a in factors.items()} for name, run in compiled.items()
     }
-    ratios: dict[str, list[float]] = {name: [] for name in compiled}
+    seconds: dict[str, list[float]] = {name: [] for name in compiled}
     for _ in range(rounds):
-        seconds = {}
         for name, run in compiled.items():
             start = time.perf_counter()
             jax.block_until_ready(run(factors["2 decades"]))
-            seconds[name] = time.perf_counter() - start
-        for name, own in seconds.items():
-            ratios[name].append(own / seconds["qr"])
-    over_qr = {name: statistics.median(found) for name, found in ratios.items()}
-    return {"stack": stack, "size": size, "errors": errors, "seconds_over_qr": over_qr}
+            seconds[name].append(time.perf_counter() - start)
+    over_qr = {
+        name: statistics.median(own / qr for own, qr in zip(found, seconds["qr"], strict=True))
+        for name, found in seconds.items()
+    }
+    return {
+        "stack": stack,
+        "size": size,
+        "errors": errors,
+        "seconds_over_qr": over_qr,
+        "seconds_of_qr": statistics.median(seconds["qr"]),
+    }
 
 
 def on_tpu(stack: int, size: int) -> dict[str, Any]:
@@ -153,26 +172,38 @@ def on_tpu(stack: int, size: int) -> dict[str, Any]:
     return {"stack": stack, "size": size, "methods": found}
 
 
+SHAPES = {
+    "cpu": ((16, 64), (8, 256), (2, 768)),
+    "gpu": ((16, 64), (8, 256), (256, 256), (2, 768), (24, 768)),
+    "tpu": ((36, 256),),
+}
+
+
 def main() -> None:
-    """Measures and writes the results; with `--quick`, in small and only for the CPU."""
+    """Measures and writes the results; with `--quick`, in small and only for this device."""
     if "--quick" in sys.argv[1:]:
-        print(json.dumps(on_cpu(2, 16, 2)))
+        print(json.dumps(on_this_device(2, 16, 2)))
         return
     # A cached program would compile in no time.
     jax.config.update("jax_enable_compilation_cache", False)
     path = RESULTS / "orthonormalize.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    result = provenance("benchmarks.orthonormalize")
-    result["versions"]["libtpu"] = version("libtpu")
-    result |= {"flops_over_cube": FLOPS, "topology": TOPOLOGY, "cpu": [], "tpu": []}
-    for part, measure, shapes in (
-        ("cpu", on_cpu, ((16, 64), (8, 256), (2, 768))),
-        ("tpu", on_tpu, ((36, 256), (12, 768))),
-    ):
-        kept = {(row["stack"], row["size"]): row for row in known.get(part, [])}
-        for shape in shapes:
-            result[part].append(kept.get(shape) or measure(*shape))
-            path.write_text(json.dumps(result, indent=1) + "\n")
+    result = json.loads(path.read_text()) if path.exists() else {}
+    backend = jax.default_backend()
+    parts = {backend: on_this_device} | ({} if backend == "gpu" else {"tpu": on_tpu})
+    result |= {"flops_over_cube": FLOPS, "topology": TOPOLOGY}
+    for part, measure in parts.items():
+        origin = provenance("benchmarks.orthonormalize")
+        if part == "tpu":
+            origin["versions"]["libtpu"] = version("libtpu")
+        else:
+            origin["device"] = jax.devices()[0].device_kind
+        rows = result.setdefault(part, {}).setdefault("rows", [])
+        known = {(row["stack"], row["size"]) for row in rows}
+        for shape in SHAPES[part]:
+            if shape not in known:
+                result[part] |= origin
+                rows.append(measure(*shape))
+                path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -165,11 +165,10 @@ def compiled_step(of_run: Run) -> Row:
     """Memory of a train step, compiled for this machine's CPU."""
     cpu = mesh.make_mesh(of_run.config.mesh, jax.devices("cpu")[:1])
     lowered = plan.lowered_step(dataclasses.replace(of_run, mesh=cpu))[1]
-    memory = lowered.compile().memory_analysis()
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    program = lowered.compile()
     return {
-        "temp_bytes": memory.temp_size_in_bytes,
-        "peak_bytes": held - memory.alias_size_in_bytes + memory.temp_size_in_bytes,
+        "temp_bytes": program.memory_analysis().temp_size_in_bytes,
+        "peak_bytes": plan.peak_bytes(program),
     }
 
 

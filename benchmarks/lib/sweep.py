@@ -73,6 +73,7 @@ class Outcome:
       win_rates: at each refresh, for a Sophia.
       gammas: at each refresh, for a Sophia.
       training: the mean training loss of each twentieth of the run.
+      device: that of the run, as JAX names it.
       more: what else a trainer reports, at each refresh.
     """
 
@@ -81,6 +82,7 @@ class Outcome:
     win_rates: list[float]
     gammas: list[float]
     training: list[float]
+    device: str
     more: dict[str, list[float]] = field(default_factory=dict)
 
 
@@ -100,6 +102,7 @@ def outcome(result: Result, trainer: Trainer) -> Outcome:
         win_rates=watched.pop("win_rate", []),
         gammas=watched.pop("gamma", []),
         training=[float(part.mean()) for part in np.array_split(losses, min(20, len(losses)))],
+        device=trainer.run.mesh.devices.flat[0].device_kind,
         more=watched,
     )
 

@@ -148,9 +148,15 @@ def lowered_step(
 ) -> tuple[Trainer, Any]:
     """The run's own training step, traced for its mesh."""
     trainer = trainer_of(run, unroll)
+    return trainer, traced(trainer, refresh)
+
+
+def traced(trainer: Trainer, refresh: bool | None = None) -> Any:
+    """A trainer's step before compilation."""
+    run = trainer.run
     shape = run.config.batch_size, run.model.context + 1
     batch = jax.ShapeDtypeStruct(shape, np.int32, sharding=mesh.batch_sharding(run.mesh))
-    return trainer, trainer.lower(trainer.abstract_sharded_state(), batch, refresh)
+    return trainer.lower(trainer.abstract_sharded_state(), batch, refresh)
 
 
 @functools.cache
@@ -200,6 +206,13 @@ def compile_or_need(lowered: Any) -> tuple[Any, int]:
         return None, int(float(needed[1]) * UNITS[needed[2]])
 
 
+def peak_bytes(program: Any) -> int:
+    """The most that a compiled program holds on a device."""
+    analysis = program.memory_analysis()
+    held = analysis.argument_size_in_bytes + analysis.output_size_in_bytes
+    return held - analysis.alias_size_in_bytes + analysis.temp_size_in_bytes
+
+
 def cost(run: Run, memory: int) -> dict[str, Any]:
     """One optimizer's numbers, per chip. Those of a program that does not fit are its needs."""
     trainer, lowered = lowered_step(run)
@@ -208,10 +221,8 @@ def cost(run: Run, memory: int) -> dict[str, Any]:
     params, opt_state = shard_bytes(state.params), shard_bytes(state.opt_state)
     peak = params + opt_state + temporaries
     if program:
-        analysis = program.memory_analysis()
-        temporaries = analysis.temp_size_in_bytes
-        held = analysis.argument_size_in_bytes + analysis.output_size_in_bytes
-        peak = held - analysis.alias_size_in_bytes + temporaries
+        temporaries = program.memory_analysis().temp_size_in_bytes
+        peak = peak_bytes(program)
     return {
         "params_bytes": params,
         "state_bytes": opt_state,

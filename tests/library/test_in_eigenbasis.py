@@ -1,6 +1,7 @@
 """The eigenbasis: what is turned, the laws of the transform, what bad gradients do to it."""
 
 import functools
+import re
 from typing import Any
 
 import chex
@@ -15,7 +16,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import sophia_optax
 from sophia_optax import MatrixAxes, in_eigenbasis
-from sophia_optax._eigenbasis import refreshed
+from sophia_optax._eigenbasis import householder_qr, orthonormal, refreshed, shifted_cholesky_qr
 from sophia_optax._matrix_axes import matrix_view
 from tests import hlo, oracles
 from tests.transforms import Calls
@@ -591,6 +592,44 @@ def test_turning_back_undoes_turning(shape: tuple[int, int, int], block_size: in
     assert known
     (basis,) = refreshed(refreshed([basis]))
     np.testing.assert_allclose(view.back(basis, view.turn(basis, x)), x, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 16, 300])
+@pytest.mark.parametrize("values", ["equal", "12 decades", "rank 1", "zero"])
+def test_cholesky_qr_is_qr_to_rounding_on_what_a_refresh_gives_it(values, size):
+    keys = jax.random.split(jax.random.key(size))
+    axes, basis = (householder_qr(jax.random.normal(key, (2, size, size))) for key in keys)
+    number = jnp.arange(size)
+    spectrum = {
+        "equal": jnp.ones(size),
+        "12 decades": 10.0 ** (-12 * number / size),
+        "rank 1": jnp.where(number == 0, 1.0, 0.0),
+        "zero": jnp.zeros(size),
+    }[values]
+    factor = jnp.einsum("sab,b,scb->sac", axes, spectrum, axes) / jnp.maximum(spectrum.sum(), 1.0)
+    moved = jnp.einsum("sab,sbc->sac", factor, basis) + 128 * jnp.finfo(jnp.float32).eps * basis
+    found = shifted_cholesky_qr(moved)
+    np.testing.assert_allclose(
+        jnp.einsum("sba,sbc->sac", found, found), jnp.broadcast_to(jnp.eye(size), moved.shape),
+        atol=1e-5,
+    )  # fmt: skip
+    # R = Qᵀ A of a QR decomposition is upper triangular.
+    r = jnp.einsum("sba,sbc->sac", found, moved)
+    np.testing.assert_allclose(jnp.tril(r, -1), 0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "platform, method",
+    [("cpu", householder_qr), ("tpu", householder_qr), ("cuda", shifted_cholesky_qr)],
+)
+def test_the_platform_chooses_how_to_orthonormalize(platform, method):
+    def calls(function: Any) -> set[Any]:
+        a = jax.ShapeDtypeStruct((4, 64, 64), jnp.float32)
+        program = jax.export.export(jax.jit(function), platforms=(platform,))(a).mlir_module()
+        return set(re.findall(r"custom_call @(\w+)|stablehlo\.(cholesky)", program))
+
+    other = householder_qr if method is shifted_cholesky_qr else shifted_cholesky_qr
+    assert calls(orthonormal) == calls(method) != calls(other)
 
 
 def test_bases_that_are_refreshed_together_are_those_refreshed_apart() -> None:
