@@ -5,8 +5,9 @@
 Every optimizer is tuned with the same number of tries (`examples/lm/tune.py`), on images and seeds
 that are not reported. Then it trains on other seeds and is judged on the test images. All the runs
 of an optimizer on a task share one compilation: a whole run is one jitted function of its
-hyperparameters and its seed. `results/vision.json` and `.png` have the digits and their pixels,
-`results/contrastive.json` and `.png` the captions.
+hyperparameters and its seed. Runs are appended to `results/digits.jsonl` as they end, and what is
+there is not run again, so that the comparison can be stopped and continued. `results/vision.json`
+and `.png` have the digits and their pixels, `results/contrastive.json` and `.png` the captions.
 """
 
 import dataclasses
@@ -27,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.entrants import muon_with, variant
+from benchmarks.lib.journal import Journal
 from benchmarks.lib.provenance import RESULTS, provenance
 from examples import contrastive, vision
 from examples.lm.optimizers import OPTIMIZERS, Curvature, Optimizer, build
@@ -119,22 +121,35 @@ def compiled(task: vision.Task, row: Optimizer, splits: dict[str, vision.Batch],
     return run
 
 
-def tuning_loss(run: Run) -> Callable[[Point], float]:
-    """The mean of the loss over the tuning seeds; what was run is not run again."""
-    known: dict[tuple[float, ...], float] = {}
+@dataclass(frozen=True)
+class Runs:
+    """The runs of one optimizer on one task, each made once and then read from the journal."""
 
-    def loss_of(point: Point) -> float:
-        values = tuple(point.values())
-        if values not in known:
-            found = [float(run(point, seed)["tune"]["loss"]) for seed in TUNING_SEEDS]
-            known[values] = float(np.mean(found))
-        return known[values]
+    journal: Journal
+    run: Run
+    names: dict[str, Any]
 
-    return loss_of
+    def tuning_loss(self, point: Point) -> float:
+        """The mean of the loss over the tuning seeds."""
+        return float(np.mean([self.at(point, seed, "tune")["loss"] for seed in TUNING_SEEDS]))
+
+    def reported(self, point: Point, seed: int) -> dict[str, Any]:
+        """All that a reported run says."""
+        return {"seed": seed, **self.at(point, seed, "test")["outcome"]}
+
+    def at(self, point: Point, seed: int, split: str) -> dict[str, Any]:
+        """The journal's row: the loss on a split, and the whole outcome for the test images."""
+
+        def made() -> dict[str, Any]:
+            outcome = readable(self.run(point, seed))
+            whole = {"outcome": outcome} if split == "test" else {}
+            return {"loss": outcome[split]["loss"], **whole}
+
+        return self.journal.get({**self.names, "split": split, "seed": seed, **point}, made)
 
 
 def race(
-    task: vision.Task, splits: dict[str, vision.Batch], config: DigitsConfig
+    name: str, splits: dict[str, vision.Batch], config: DigitsConfig, journal: Journal
 ) -> dict[str, dict[str, Any]]:
     """Tunes every optimizer on a task and runs it on the reported seeds.
 
@@ -142,28 +157,34 @@ def race(
     twice as many as at first.
 
     Args:
-      task: what to solve.
+      name: of the task.
       splits: "train", "tune", on which hyperparameters are chosen, and "test".
       config: steps, tries, seeds, optimizers.
+      journal: of the runs.
 
     Returns:
       By optimizer: the tuning and the runs.
     """
-    runs = {n: compiled(task, ENTRANTS[n], splits, config.steps) for n in config.optimizers}
-    losses = {n: tuning_loss(run) for n, run in runs.items()}
+    task = TASKS[name]()
+    runs = {
+        n: Runs(
+            journal,
+            compiled(task, ENTRANTS[n], splits, config.steps),
+            {"task": name, "optimizer": n, "steps": config.steps},
+        )
+        for n in config.optimizers
+    }
     tunings: dict[str, dict[str, Any]] = {}
     for tries in range(config.tries, 2 * config.tries + 1, 4):
-        tunings = {n: search(ENTRANTS[n].grid, tries, losses[n]) for n in runs}
+        tunings = {n: search(ENTRANTS[n].grid, tries, own.tuning_loss) for n, own in runs.items()}
         if not any(tuning["open"] for tuning in tunings.values()):
             break
     return {
         n: {
             "tuning": tunings[n],
-            "runs": [
-                {"seed": seed, **readable(run(tunings[n]["point"], seed))} for seed in config.seeds
-            ],
+            "runs": [own.reported(tunings[n]["point"], seed) for seed in config.seeds],
         }
-        for n, run in runs.items()
+        for n, own in runs.items()
     }
 
 
@@ -231,9 +252,10 @@ def main(config: DigitsConfig) -> None:
     origin = {**provenance("benchmarks.digits"), "settings": settings}
     origin["versions"]["scikit-learn"] = sklearn.__version__
     splits = vision.digits()
+    journal = Journal(None if config.quick else config.out / "digits.jsonl")
     config.out.mkdir(parents=True, exist_ok=True)
     for stem, tasks in FILES.items():
-        results = {n: race(TASKS[n](), splits, config) for n in tasks if n in config.tasks}
+        results = {n: race(n, splits, config, journal) for n in tasks if n in config.tasks}
         if results:
             Console(width=160).print(table(results))
             whole = {**origin, "results": results}

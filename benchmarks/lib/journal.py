@@ -29,5 +29,6 @@ class Journal:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-        print(json.dumps({**key, "loss": row["loss"], "seconds": row["seconds"]}), flush=True)
+        shown = {name: row[name] for name in ("loss", "seconds") if name in row}
+        print(json.dumps(key | shown), flush=True)
         return row

@@ -40,8 +40,11 @@ def test_the_hyperparameters_of_a_run_are_those_of_its_point(tiny):
 def test_all_get_more_tries_while_one_can_still_climb_and_the_report_is_written(
     monkeypatch, tmp_path, capsys
 ):
+    runs = []
+
     def compiled(task, row, splits, steps):
         def run(point, seed):
+            runs.append(point)
             loss = jnp.float32(1 / point["learning_rate"] + seed / 1e4)  # the higher the better
             rates = {"win_rate": jnp.ones(2)} if "gamma" in point else {}
             scores = {"loss": loss, "accuracy": jnp.float32(0.5)}
@@ -63,3 +66,8 @@ def test_all_get_more_tries_while_one_can_still_climb_and_the_report_is_written(
         assert row["tuning"]["open"]
         assert [run["seed"] for run in row["runs"]] == [0, 1]
     assert (tmp_path / "vision.png").stat().st_size > 0
+    # Started again, it finds all runs in the journal.
+    made = len(runs)
+    digits.main(config)
+    assert len(runs) == made
+    assert json.loads((tmp_path / "vision.json").read_text())["results"] == written["results"]
