@@ -4,6 +4,7 @@ The full campaign runs with `python -m pytest -m stress`; its last results: docs
 """
 
 import itertools
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -144,10 +145,12 @@ def trained(case: Case) -> Any:
     return jax.jit(lambda xs: jax.lax.scan(step, (PARAMS, tx.init(PARAMS)), xs))
 
 
-def check(case: Case, seeds: int, number: int) -> None:
-    """Runs with faults, and without."""
+def check(case: Case, seeds: int, number: int) -> str:
+    """Runs with faults, and without; returns what was counted."""
     run = trained(case)
     _, (clean, _) = run(NO_FAULTS[:3])
+    skipped = rejected = 0
+    difference = 0.0
     for seed in range(seeds):
         drawn = faults(number, seed)
         (_, state), (losses, finite) = run(drawn[:3])
@@ -155,6 +158,12 @@ def check(case: Case, seeds: int, number: int) -> None:
         assert int(state.total_notfinite) == drawn.skipped
         assert int(sophia_state(state).rejected) == drawn.rejected
         assert abs(losses[-1] - clean[-1]) < 1e-3 * (clean[0] - clean[-1])
+        skipped, rejected = skipped + drawn.skipped, rejected + drawn.rejected
+        difference = max(difference, float(abs(losses[-1] - clean[-1])))
+    return (
+        f"{case}: {skipped} gradients skipped, {rejected} estimates rejected, the final loss "
+        f"{clean[-1]:.3f} differs by {difference:.1e} at most"
+    )
 
 
 @pytest.mark.parametrize("case", FEW_CASES, ids=str)
@@ -164,8 +173,12 @@ def test_faults_are_counted_stay_out_of_the_state_and_leave_the_final_loss(case:
 
 @pytest.mark.stress
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_1020_faults_are_counted_stay_out_of_the_state_and_leave_the_final_loss(case: Case) -> None:
-    check(case, seeds=5, number=17)
+def test_1020_faults_are_counted_stay_out_of_the_state_and_leave_the_final_loss(
+    case: Case, capsys: pytest.CaptureFixture[str]
+) -> None:
+    counted = check(case, seeds=5, number=17)
+    with capsys.disabled():
+        sys.stdout.write(f"\n{counted}\n")
 
 
 @pytest.mark.parametrize("bad", NOT_FINITE)
@@ -234,9 +247,12 @@ def steps_to_recover(tx: Any, estimator: str, seed: int) -> int:
 
 @pytest.mark.stress
 @pytest.mark.parametrize("clipped", [False, True])
-def test_ten_batches_of_garbage_cost_no_more_steps_than_with_adamw(clipped: bool) -> None:
+def test_ten_batches_of_garbage_cost_no_more_steps_than_with_adamw(
+    clipped: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     entrants = {
-        "adamw": (optax.with_extra_args_support(optax.adamw(1e-2)), "gauss_newton_bartlett"),
+        "adamw 3e-3": (optax.with_extra_args_support(optax.adamw(3e-3)), "gauss_newton_bartlett"),
+        "adamw 1e-2": (optax.with_extra_args_support(optax.adamw(1e-2)), "gauss_newton_bartlett"),
         "sophia_h": (
             sophia_optax.sophia_h(3e-3, gamma=sophia_optax.win_rate_target()),
             "hutchinson",
@@ -248,7 +264,10 @@ def test_ten_batches_of_garbage_cost_no_more_steps_than_with_adamw(clipped: bool
     }
     clip = optax.clip_by_global_norm(1.0) if clipped else optax.identity()
     steps = {
-        name: np.median([steps_to_recover(optax.chain(clip, tx), estimator, i) for i in range(5)])
+        name: [steps_to_recover(optax.chain(clip, tx), estimator, seed) for seed in range(5)]
         for name, (tx, estimator) in entrants.items()
     }
-    assert max(steps["sophia_h"], steps["sophia_g"]) <= max(steps["adamw"], 20), steps
+    with capsys.disabled():
+        sys.stdout.write(f"\nclipped: {clipped}; steps to recover, by seed: {steps}\n")
+    median = {name: np.median(found) for name, found in steps.items()}
+    assert max(median["sophia_h"], median["sophia_g"]) <= max(median["adamw 1e-2"], 20)
