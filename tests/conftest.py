@@ -1,9 +1,18 @@
-"""What holds for every test: where JAX runs, types checked at run time, how hypothesis searches."""
+"""What holds for every test: where JAX runs, how it compiles, types checked, hypothesis's search.
+
+Most of the tests' time is compilation of programs that run a few times. So LLVM's optimizations
+are off in this process and in those that tests start. JAX_DISABLE_MOST_OPTIMIZATIONS=false leaves
+them on, with which the tests have to pass too. XLA's own passes run in either case: `as_text`,
+`cost_analysis` and `memory_analysis` of a program are the same, so that tests of costs and of
+communication need no exception. Rounding alone differs.
+"""
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 
 import hypothesis
 import jax
@@ -14,6 +23,12 @@ from jaxtyping import install_import_hook
 from tests import typechecking
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+# Before 0.11, XLA for CPU has two emitters of kernels, and the newer one takes twice as long for
+# small ones. Later releases have one, and refuse the flag.
+if jax.__version_info__ < (0, 11) and jax.config.read("jax_disable_most_optimizations"):
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false".lstrip()
 
 # From here on, importing the library checks its annotations, shapes included, on every call.
 install_import_hook("sophia_optax", f"{typechecking.__name__}.typechecker")
@@ -27,6 +42,14 @@ hypothesis.settings.register_profile(
     print_blob=True,
 )
 hypothesis.settings.load_profile("sophia_optax")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Measures the coverage of the library by its own tests alone: it slows all Python down."""
+    library = Path(__file__).parent / "library", config.rootpath / "sophia_optax"
+    for item in items:
+        if not any(item.path.is_relative_to(folder) for folder in library):
+            item.add_marker("no_cover")
 
 
 @pytest.fixture(scope="module")
