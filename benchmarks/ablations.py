@@ -37,7 +37,7 @@ from benchmarks.lib.journal import Journal
 from benchmarks.lib.provenance import RESULTS, provenance
 from benchmarks.lib.sweep import Runs
 from benchmarks.lib.tables import NAMES
-from benchmarks.lm_race import REGIMES
+from benchmarks.lm_race import QUICK, REGIMES
 from examples.lm import data
 from examples.lm.model import parameter_count
 from examples.lm.optimizers import MUON_MATRICES, Optimizer, basis_options, matrix_axes, sophia
@@ -164,7 +164,7 @@ class Study:
         """The runs of one row; they share a compilation."""
         key = f"{part}/{name}"
         if key not in self.sweeps:
-            run = REGIME.workload.run(row)
+            run = (QUICK if self.config.quick else REGIME).workload.run(row)
             self.sweeps[key] = Runs(self.journal, self.corpus, run, part=part, name=name)
         return self.sweeps[key]
 

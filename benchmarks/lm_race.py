@@ -64,7 +64,17 @@ REGIMES = {
         tries=8,
     ),
 }
-QUICK = Regime(Workload(batch_size=2, curvature_batch=1), 10, (5, 10), tries=2, seeds=(0,))
+QUICK = Regime(
+    Workload(
+        ModelConfig(layers=1, width=32, heads=2, context=32, init_scale=0.1),
+        batch_size=2,
+        curvature_batch=1,
+    ),
+    10,
+    (5, 10),
+    tries=2,
+    seeds=(0,),
+)
 TUNING_SEED = 1000
 ROUNDS = 5  # of the timings
 
