@@ -25,7 +25,7 @@ from tests import typechecking
 jax.config.update("jax_num_cpu_devices", 8)
 
 # Before 0.11, XLA for CPU has two emitters of kernels, and the newer one takes twice as long for
-# small ones. Later releases have one, and refuse the flag.
+# small ones. Later releases have one, and refuse the flag. Here the text of a program does differ.
 if jax.__version_info__ < (0, 11) and jax.config.read("jax_disable_most_optimizations"):
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false".lstrip()
@@ -61,3 +61,12 @@ def no_cache() -> Iterator[None]:
     yield
     jax.config.update("jax_compilation_cache_dir", folder)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def optimizations() -> Iterator[None]:
+    """Compiles a test's programs as users do."""
+    disabled = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", disabled)

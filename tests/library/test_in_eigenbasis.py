@@ -171,6 +171,7 @@ def test_what_does_not_fit_is_refused(keywords: Any, error: Any, message: str) -
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.usefixtures("optimizations")  # without them jax 0.10 rounds two programs differently
 def test_with_nothing_turned_it_is_the_inner_optimizer_bit_for_bit(estimator: str) -> None:
     inner = sophia_optax.scale_by_sophia(
         0.8, 0.9, gamma=1.0, update_interval=2, nesterov=True, seed=3
