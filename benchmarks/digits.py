@@ -89,7 +89,7 @@ class DigitsConfig:
       steps: of every run, a multiple of ten.
       tries: how many points are tried for every optimizer on a task, to begin with.
       seeds: of the runs that are reported; tuning uses others.
-      quick: a few steps of each, to see that it runs; writes to runs/.
+      quick: a few steps of two optimizers, to see that it runs; writes to runs/.
       out: the folder for the results.
     """
 
@@ -102,7 +102,10 @@ class DigitsConfig:
     out: Path = RESULTS
 
 
-QUICK = {"steps": 20, "tries": 1, "seeds": (0,), "out": Path("runs")}
+QUICK = {
+    "optimizers": ("adamw", "sophia_g"), "steps": 20, "tries": 1, "seeds": (0,),
+    "out": Path("runs"),
+}  # fmt: skip
 
 
 def compiled(task: vision.Task, row: Optimizer, splits: dict[str, vision.Batch], steps: int) -> Run:

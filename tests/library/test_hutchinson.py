@@ -550,8 +550,7 @@ def test_a_while_loop_has_no_gradient_and_jax_says_so(mode):
     def loss(x):
         return jax.lax.while_loop(lambda c: c < 10, lambda c: c * 2, jnp.sum(x**2))
 
-    # jax 0.10.1 stumbles over its own message.
-    with pytest.raises((ValueError, TypeError), match=r"while_loop|'NoneType' and 'tuple'"):
+    with pytest.raises(ValueError, match="while_loop"):
         sophia_optax.hutchinson(loss, jnp.ones(3), mode=mode)(jax.random.key(0))
 
 

@@ -43,11 +43,13 @@ def lines(out: Path) -> list[dict[str, float]]:
 
 
 def wait_for_step(step: int, out: Path, workers: list[subprocess.Popen]) -> None:
-    deadline = time.monotonic() + 200
-    while all(worker.poll() is None for worker in workers) and time.monotonic() < deadline:
-        text = (out / "metrics.jsonl").read_text() if (out / "metrics.jsonl").exists() else ""
-        if f'"step": {step},' in text:
-            return
+    """Returns once the step is in the metrics; fails where it does not come."""
+    metrics, deadline = out / "metrics.jsonl", time.monotonic() + 120
+    while not metrics.exists() or f'"step": {step},' not in metrics.read_text():
+        if time.monotonic() > deadline or any(worker.poll() is not None for worker in workers):
+            for worker in workers:
+                worker.kill()
+            pytest.fail(f"No step {step}:\n" + "\n".join(finish(workers)[0]))
         time.sleep(0.02)
 
 
