@@ -269,6 +269,24 @@ def batches(option: str) -> Any:
     return [signed, signed, absurd, signed, signed]
 
 
+def after_batches(step: Any, tx: Any, option: str) -> Any:
+    """The params and the state after the batches of an option."""
+    carry = (PARAMS, tx.init(PARAMS))
+    for scales in batches(option):
+        carry = step(*carry, X, scales)
+    return carry
+
+
+def with_options(option: str) -> Any:
+    return sophia_optax.sophia_h(0.05, b1=0.5, update_interval=2, **OPTIONS[option])
+
+
+@functools.cache
+def by_jit(option: str) -> Any:
+    tx = with_options(option)
+    return after_batches(jax.jit(step_with(tx, None, same, tracked=True)), tx, option)
+
+
 @pytest.mark.parametrize(
     "style, option",
     [
@@ -279,12 +297,9 @@ def batches(option: str) -> Any:
 )
 def test_steps_by_hand_are_those_of_jit(style: str, option: str) -> None:
     """Averages, win rate and gamma too, which count the coordinates of all shards."""
-    tx = sophia_optax.sophia_h(0.05, b1=0.5, update_interval=2, **OPTIONS[option])
-    by_hand, by_jit = WHOLE_STEPS[style](tx), jax.jit(step_with(tx, None, same, tracked=True))
-    found = expected = (PARAMS, tx.init(PARAMS))
-    for scales in batches(option):
-        found, expected = by_hand(*found, X, scales), by_jit(*expected, X, scales)
-    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-6)
+    tx = with_options(option)
+    found = after_batches(WHOLE_STEPS[style](tx), tx, option)
+    chex.assert_trees_all_close(found, by_jit(option), rtol=1e-4, atol=1e-6)
     diagnosed = sophia_optax.diagnostics(found[1])
     assert 0 < diagnosed.win_rate < 1
     signs_and_a_limit = option == "signs and a limit"
