@@ -37,7 +37,7 @@ from benchmarks.lib.journal import Journal
 from benchmarks.lib.provenance import RESULTS, provenance
 from benchmarks.lib.sweep import Runs
 from benchmarks.lib.tables import NAMES
-from benchmarks.lm_race import QUICK, REGIMES
+from benchmarks.lm_race import QUICK, REGIMES, raced
 from examples.lm import data
 from examples.lm.model import parameter_count
 from examples.lm.optimizers import MUON_MATRICES, Optimizer, basis_options, matrix_axes, sophia
@@ -49,15 +49,9 @@ RATED = ("adamw", CHANGED, "soap", "muon_adamw", "sophia_g")
 FACTORS = (0.25, 0.5, 2.0, 4.0)
 
 
-@functools.cache
-def raced(entrant: str) -> dict[str, Any]:
-    """What the race found for an entrant: its point, and its losses by steps and seed."""
-    return json.loads((RESULTS / "lm_race.json").read_text())["results"]["small"][entrant]
-
-
 def tuned(entrant: str) -> Point:
     """The point that the race found for an entrant."""
-    return raced(entrant)["point"]
+    return raced("small", entrant)["point"]
 
 
 # --- what is changed ------------------------------------------------------------------------------
@@ -210,7 +204,7 @@ def with_race(rates: dict[str, Any], steps: int) -> dict[str, Any]:
     """Adds the race's runs at the tuned rates, and keeps the seeds that have run at all rates."""
     found = {}
     for name, table in rates.items():
-        whole = {**table, "1": dict(enumerate(raced(name)["losses"][str(steps)]))}
+        whole = {**table, "1": dict(enumerate(raced("small", name)["losses"][str(steps)]))}
         common = sorted(set.intersection(*(set(losses) for losses in whole.values())))
         if common and len(whole) > len(FACTORS):
             found[name] = {
@@ -262,7 +256,7 @@ def main(config: AblationConfig) -> None:
         "results": tables,
     }
     if "changes" in tables:
-        result["raced"] = raced(CHANGED)["losses"][str(steps["changes"])]
+        result["raced"] = raced("small", CHANGED)["losses"][str(steps["changes"])]
     if "rates" in tables:
         tables["rates"] = with_race(tables["rates"], steps["rates"])
         plot(tables["rates"], RESULTS / "ablations.png")

@@ -12,10 +12,12 @@ in turn, so let nothing else run then.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -117,6 +119,12 @@ def enter(
     for budget in setup.budgets:
         for seed in setup.seeds:
             runs(found["point"], budget, seed, "validation")
+
+
+@functools.cache
+def raced(regime: str, entrant: str) -> dict[str, Any]:
+    """What the race found for an entrant: its point, and its losses by steps and seed."""
+    return json.loads((RESULTS / "lm_race.json").read_text())["results"][regime][entrant]
 
 
 def average_flops(regime: str, name: str) -> float:

@@ -463,6 +463,26 @@ def ablation_rates() -> str:
     return markdown(["learning rate over the tuned one", *factors], rows)
 
 
+@table
+def batch_sizes() -> str:
+    """Losses of each optimizer by the tokens of a step, each with its tuned learning rate."""
+    file = read("batch_sizes.json")
+    batches = list(file["results"]["adamw"])
+    rows = []
+    for name, found in file["results"].items():
+        cells: list[str | None] = []
+        for batch in batches:
+            row = found.get(batch)
+            cells += [mean_or_diverged(row["losses"]), f"{row['learning_rate']:g}"] if row else [
+                None, None
+            ]  # fmt: skip
+        rows.append([NAMES[name], *cells])
+    header = [
+        cell for batch in batches for cell in (f"{int(batch) * file['context']:,} tokens", "rate")
+    ]
+    return markdown(["", *header], rows)
+
+
 METHODS = {
     "qr": "QR",
     "cholesky_qr2": "CholeskyQR, two rounds",

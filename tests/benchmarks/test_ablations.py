@@ -74,7 +74,7 @@ def test_only_the_named_sides_are_turned():
 
 
 def test_rates_are_compared_on_the_seeds_that_all_of_them_have(monkeypatch):
-    monkeypatch.setattr(ablations, "raced", lambda _: {"losses": {"250": [2.0, 2.1, 2.2]}})
+    monkeypatch.setattr(ablations, "raced", lambda *_: {"losses": {"250": [2.0, 2.1, 2.2]}})
     tables = {str(factor): {0: 3.0, 1: 3.1} for factor in ablations.FACTORS}
     whole, missing = {**tables, "2.0": {0: 4.0}}, {"0.5": {0: 3.0}}
     found = with_race({"adamw": whole, "soap": missing}, 250)
