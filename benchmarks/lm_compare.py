@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks.lib.provenance import RESULTS, provenance
 
 SEEDS = (0, 1, 2)
-QUICK_STEPS = 20
+QUICK = ["--steps", "20", "--optimizers", "adamw", "sophia_g"]
 
 
 def run(seed: int, quick: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -29,7 +29,7 @@ def run(seed: int, quick: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     folder = Path(f"runs/{'quick' if quick else 'seed'}-{seed}")
     if not (folder / "summary.json").exists():
         arguments = ["compare", "--seed", str(seed), "--out", str(folder)]
-        arguments += ["--steps", str(QUICK_STEPS)] if quick else []
+        arguments += QUICK if quick else []
         subprocess.run([sys.executable, "-m", "examples.lm", *arguments], check=True)
     metrics = (folder / "metrics.jsonl").read_text().splitlines()
     return json.loads((folder / "summary.json").read_text()), [json.loads(m) for m in metrics]

@@ -9,7 +9,9 @@ eigenbasis. Here L has eigenvalues that fall by a number of decades, or is singu
 * the error, the largest entry of |QᵀQ - I|, in float32;
 * the seconds over those of QR on this CPU or GPU, a median over rounds in which all run in turn;
 * for a TPU, compiled ahead of time without one: the processor's seconds of the compilation, the
-  temporary memory and XLA's FLOPs. `flops_over_cube` has the textbook's FLOPs.
+  temporary memory and XLA's FLOPs. `flops_over_cube` has the textbook's FLOPs;
+* for a CPU, the seconds of QR with one thread of LAPACK's OpenBLAS over those with one for each
+  core, on an idle machine and beside a busy process for each core.
 
 Writes `results/orthonormalize.json`, and measures what is missing there. On a machine with a GPU it
 measures that one's part alone. The TPU's part needs the extra `tpu`.
@@ -17,7 +19,9 @@ measures that one's part alone. The TPU's part needs the extra `tpu`.
 
 import functools
 import json
+import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -172,6 +176,38 @@ def on_tpu(stack: int, size: int) -> dict[str, Any]:
     return {"stack": stack, "size": size, "methods": found}
 
 
+def qr_seconds(stack: int, size: int, rounds: int = 31) -> float:
+    """The median of several calls."""
+    run, a = jax.jit(qr), problem(stack, size, 2)
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        jax.block_until_ready(run(a))
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
+
+
+def one_thread(busy: bool) -> list[dict[str, Any]]:
+    """Seconds of QR by shape, in processes with one thread of OpenBLAS over those with all."""
+    cores = os.cpu_count() or 1
+    spin = [sys.executable, "-c", "while True: pass"]
+    others = [subprocess.Popen(spin) for _ in range(cores if busy else 0)]
+    try:
+        seconds = {}
+        for threads in (cores, 1):
+            environment = {**os.environ, "OPENBLAS_NUM_THREADS": str(threads)}
+            command = [sys.executable, "-m", "benchmarks.orthonormalize", "--qr"]
+            found = subprocess.run(command, env=environment, check=True, capture_output=True)
+            seconds[threads] = json.loads(found.stdout)
+    finally:
+        for process in others:
+            process.kill()
+    return [
+        {"stack": stack, "size": size, "threads": cores, "over_all_threads": one / many}
+        for (stack, size), one, many in zip(SHAPES["cpu"], seconds[1], seconds[cores], strict=True)
+    ]
+
+
 SHAPES = {
     "cpu": ((16, 64), (8, 256), (2, 768)),
     "gpu": ((16, 64), (8, 256), (256, 256), (2, 768), (24, 768)),
@@ -183,6 +219,9 @@ def main() -> None:
     """Measures and writes the results; with `--quick`, in small and only for this device."""
     if "--quick" in sys.argv[1:]:
         print(json.dumps(on_this_device(2, 16, 2)))
+        return
+    if "--qr" in sys.argv[1:]:
+        print(json.dumps([qr_seconds(*shape) for shape in SHAPES["cpu"]]))
         return
     # A cached program would compile in no time.
     jax.config.update("jax_enable_compilation_cache", False)
@@ -204,6 +243,10 @@ def main() -> None:
                 result[part] |= origin
                 rows.append(measure(*shape))
                 path.write_text(json.dumps(result, indent=1) + "\n")
+    if backend == "cpu" and "one_thread" not in result:
+        result["one_thread"] = {"idle": one_thread(busy=False), "busy": one_thread(busy=True)}
+        result["one_thread"] |= provenance("benchmarks.orthonormalize")
+        path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads wait for the other tests'
 
 import hypothesis
 import jax
