@@ -68,6 +68,9 @@ def in_eigenbasis(
 ) -> optax.GradientTransformationExtraArgs:
     """Runs a coordinate-wise transformation in the Kronecker eigenbasis of each matrix.
 
+    On a CPU, set the environment variable OPENBLAS_NUM_THREADS to 1 before JAX calls LAPACK: with
+    more threads a refresh of the bases takes several times as long, see `docs/gotchas.md`.
+
     Example:
       >>> import jax, jax.numpy as jnp, optax, sophia_optax
       >>> target = jax.random.normal(jax.random.key(0), (4, 3))
