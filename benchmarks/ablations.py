@@ -27,13 +27,13 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import numpy as np
 import optax
 import tyro
 
 import sophia_optax
 from benchmarks.entrants import ENTRANTS
 from benchmarks.lib.journal import Journal
+from benchmarks.lib.plots import line_over_seeds
 from benchmarks.lib.provenance import RESULTS, provenance
 from benchmarks.lib.sweep import Runs
 from benchmarks.lib.tables import NAMES
@@ -219,10 +219,8 @@ def plot(rates: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(6.4, 4.4), layout="constrained")
     for name, found in rates.items():
         x = [float(factor) for factor in found]
-        losses = np.array([list(by_seed.values()) for by_seed in found.values()], float)
-        (line,) = axes.plot(x, losses.mean(axis=1), marker="o", ms=4, label=NAMES[name])
-        bounds = losses.min(axis=1), losses.max(axis=1)
-        axes.fill_between(x, *bounds, color=line.get_color(), alpha=0.15)
+        losses = [list(by_seed.values()) for by_seed in found.values()]
+        line_over_seeds(axes, x, losses, NAMES[name])
     axes.set_xscale("log", base=2)
     axes.set_xticks([0.25, 0.5, 1, 2, 4], ["1/4", "1/2", "1", "2", "4"])
     axes.set(xlabel="learning rate over the tuned one", ylabel="validation loss, nats per byte")

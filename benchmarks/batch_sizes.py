@@ -22,11 +22,11 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import numpy as np
 import tyro
 
 from benchmarks.entrants import ENTRANTS
 from benchmarks.lib.journal import Journal
+from benchmarks.lib.plots import line_over_seeds
 from benchmarks.lib.provenance import RESULTS, provenance
 from benchmarks.lib.sweep import Runs, Workload
 from benchmarks.lib.tables import NAMES
@@ -111,10 +111,7 @@ def plot(found: dict[str, dict[str, Any]], context: int, path: Path) -> None:
     for name, by_batch in found.items():
         whole = {int(b): row["losses"] for b, row in by_batch.items() if None not in row["losses"]}
         tokens = [context * batch for batch in whole]
-        losses = np.array(list(whole.values()))
-        (line,) = axes.plot(tokens, losses.mean(axis=1), marker="o", ms=4, label=NAMES[name])
-        bounds = losses.min(axis=1), losses.max(axis=1)
-        axes.fill_between(tokens, *bounds, color=line.get_color(), alpha=0.15)
+        line_over_seeds(axes, tokens, list(whole.values()), NAMES[name])
     axes.set_xscale("log", base=2)
     axes.set(xlabel="tokens in a step", ylabel="validation loss, nats per byte")
     axes.grid(alpha=0.25)
