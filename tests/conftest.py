@@ -5,15 +5,26 @@ are off in this process and in those that tests start. JAX_DISABLE_MOST_OPTIMIZA
 them on, with which the tests have to pass too. XLA's own passes run in either case: `as_text`,
 `cost_analysis` and `memory_analysis` of a program are the same, so that tests of costs and of
 communication need no exception. Rounding alone differs.
+
+Programs are kept in a folder for the run, so that its processes compile each of them once. Where
+JAX_COMPILATION_CACHE_DIR names a folder, they stay there for the next run.
 """
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads wait for the other tests'
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES", "none")
+
+compiled = None
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    compiled = tempfile.TemporaryDirectory(prefix="sophia_optax.")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name  # pytest-xdist's workers inherit it
 
 import hypothesis
 import jax
@@ -43,6 +54,12 @@ hypothesis.settings.register_profile(
     print_blob=True,
 )
 hypothesis.settings.load_profile("sophia_optax")
+
+
+def pytest_unconfigure() -> None:
+    """Removes the programs of this run."""
+    if compiled is not None:
+        compiled.cleanup()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
