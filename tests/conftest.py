@@ -21,11 +21,6 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # LAPACK's threads wait for 
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES", "none")
 
-compiled = None
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    compiled = tempfile.TemporaryDirectory(prefix="sophia_optax.")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name  # pytest-xdist's workers inherit it
-
 import hypothesis
 import jax
 import pytest
@@ -35,6 +30,12 @@ from jaxtyping import install_import_hook
 from tests import typechecking
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+compiled = None
+if jax.config.jax_compilation_cache_dir is None:
+    compiled = tempfile.TemporaryDirectory(prefix="sophia_optax.")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name  # pytest-xdist's workers inherit it
+    jax.config.update("jax_compilation_cache_dir", compiled.name)
 
 # Before 0.11, XLA for CPU has two emitters of kernels, and the newer one takes twice as long for
 # small ones. Later releases have one, and refuse the flag. Here the text of a program does differ.
