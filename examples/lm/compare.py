@@ -10,7 +10,7 @@ from rich.console import Console
 
 from . import data, generate, hosts, plot, record, report, run_folder, timing
 from .checkpoint import Checkpoints
-from .config import CompareConfig, LoopConfig, TrainConfig, for_optimizer
+from .config import CompareConfig, LoopConfig, TrainConfig, compared
 from .loop import Result, fit
 from .run import Run
 from .train import Trainer
@@ -21,8 +21,7 @@ SAMPLE = 64  # tokens of held-out text that a sample begins with, and that are a
 
 def compare(config: CompareConfig) -> None:
     """Trains each optimizer in turn, prints the table, writes plot, metrics and summary."""
-    configs = {name: for_optimizer(config, name) for name in config.optimizers}
-    train_and_report(config, configs, "compare")
+    train_and_report(config, compared(config), "compare")
 
 
 def train(config: TrainConfig) -> None:
@@ -39,7 +38,7 @@ def train_and_report(config: LoopConfig, configs: dict[str, TrainConfig], comman
         console = Console(width=width, quiet=jax.process_index() != 0, soft_wrap=True)
         describe(console, config, runs, corpus, folder)
         results = train_all(console, runs, corpus, folder)
-        stopped = [r for r in results.values() if r.steps < config.steps and r.diverged is None]
+        stopped = [r for name, r in results.items() if not ended(runs[name], r)]
         if stopped:
             console.print(f"Stopped after step {stopped[0].steps}. Continue: {again}")
         elif jax.process_index() == 0:
@@ -101,12 +100,20 @@ def train_all(
                     profile=profile,
                 )
             results[name] = result
-            if result.diverged is None and result.steps < run.config.steps:
+            if not ended(run, result):
                 return results
         if len(runs) > 1:
-            for name, times in timing.in_turns(trainers, corpus).items():
-                results[name].seconds, results[name].refreshed = times
+            # One measurement for each optimizer, however many runs it has.
+            timed = {run.config.optimizer: trainers[name] for name, run in runs.items()}
+            times = timing.in_turns(timed, corpus)
+            for name, run in runs.items():
+                results[name].seconds, results[name].refreshed = times[run.config.optimizer]
     return results
+
+
+def ended(run: Run, result: Result) -> bool:
+    """Whether a run took its last step, or diverged."""
+    return result.diverged is not None or result.steps == run.config.steps
 
 
 def finish(

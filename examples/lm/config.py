@@ -206,9 +206,12 @@ class CompareConfig(LoopConfig):
 
     Attributes:
       optimizers: names in `optimizers.OPTIMIZERS`.
+      half: those of them that also take half of the steps, with a schedule of that length, as the
+        run NAME_half.
     """
 
     optimizers: tuple[str, ...] = ("adamw", "sophia_g", "sophia_h", "sophia_g_eigenbasis")
+    half: tuple[str, ...] = ("sophia_g_eigenbasis",)
 
 
 @dataclass(frozen=True)
@@ -284,6 +287,25 @@ def for_optimizer(config: CompareConfig | TuneConfig, optimizer: str) -> TrainCo
     names = {f.name for f in dataclasses.fields(TrainConfig)}
     shared = {name: value for name, value in vars(config).items() if name in names}
     return TrainConfig(**shared, optimizer=optimizer)
+
+
+def compared(config: CompareConfig) -> dict[str, TrainConfig]:
+    """The runs of a comparison by their names.
+
+    Raises:
+      UsageError: `half` names an optimizer that is not among `optimizers`.
+    """
+    strangers = [name for name in config.half if name not in config.optimizers]
+    if strangers and config.half != CompareConfig.half:
+        raise UsageError(
+            f"--half names {strangers[0]!r}, which is not compared. "
+            f"Choose among --optimizers: {', '.join(config.optimizers)}."
+        )
+    runs = {name: for_optimizer(config, name) for name in config.optimizers}
+    for name in config.optimizers:
+        if name in config.half and config.steps > 1:
+            runs[f"{name}_half"] = dataclasses.replace(runs[name], steps=config.steps // 2)
+    return runs
 
 
 def model_of(config: RunConfig) -> ModelConfig:

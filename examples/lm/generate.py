@@ -12,7 +12,7 @@ from rich.console import Console
 
 from . import data, record, run_folder, tokenizers
 from .checkpoint import Checkpoints
-from .config import CompareConfig, MeshConfig, TrainConfig, UsageError, for_optimizer
+from .config import CompareConfig, MeshConfig, TrainConfig, UsageError, compared
 from .run import resolve
 from .train import Trainer
 
@@ -104,15 +104,14 @@ def trained(config: GenerateConfig) -> tuple[TrainConfig, str]:
                 f"{config.out} holds one run, of {run.optimizer}. Leave out --run {config.run}."
             )
         return run, ""
-    several = record.stored(CompareConfig, config.out)
-    names = several.optimizers
-    alone = len(names) == 1
-    name = names[0] if alone and config.run is None else config.run
-    if name not in names:
+    runs = compared(record.stored(CompareConfig, config.out))
+    alone = len(runs) == 1
+    name = next(iter(runs)) if alone and config.run is None else config.run
+    if name not in runs:
         raise UsageError(
-            f"{config.out} holds the runs {', '.join(names)}. Choose one with --run NAME."
+            f"{config.out} holds the runs {', '.join(runs)}. Choose one with --run NAME."
         )
-    return for_optimizer(several, name), "" if alone else name
+    return runs[name], "" if alone else name
 
 
 def generate(config: GenerateConfig) -> None:

@@ -24,7 +24,7 @@ def losses(runs: dict[str, Records], path: Path, reference: float | None = None)
     the validation losses.
     """
     figure, (whole, end) = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    last: list[float] = []
+    points: list[tuple[float, float]] = []
     for index, (name, records) in enumerate(runs.items()):
         training, validation = (finite(records, key) for key in ("loss", "val_loss"))
         color = f"C{index}"
@@ -36,8 +36,7 @@ def losses(runs: dict[str, Records], path: Path, reference: float | None = None)
             label = f"{name}: {values[-1]:.3f}"
             for axes in (whole, end):
                 axes.plot(steps, values, color=color, marker="o", markersize=3, label=label)
-        half = max((step for step, _ in training + validation), default=0) / 2
-        last += [value for step, value in validation if step >= half]
+        points += validation
     if reference is not None:
         label = f"bigram counts: {reference:.3f}"
         whole.axhline(reference, color="gray", linestyle=":", label=label)
@@ -45,10 +44,12 @@ def losses(runs: dict[str, Records], path: Path, reference: float | None = None)
     for axis in (whole.yaxis.set_major_formatter, whole.yaxis.set_minor_formatter):
         axis(ScalarFormatter())
     right = whole.get_xlim()[1]
-    end.set(xlim=(right / 2, right), title="validation loss, second half")
-    if last:
-        room = 0.1 * (max(last) - min(last)) + 0.01
-        end.set_ylim(min(last) - room, max(last) + room)
+    left = 0.45 * right  # a run of half of the steps ends within the picture
+    end.set(xlim=(left, right), title="validation loss, second half")
+    shown = [value for step, value in points if step >= left]
+    if shown:
+        room = 0.1 * (max(shown) - min(shown)) + 0.01
+        end.set_ylim(min(shown) - room, max(shown) + room)
     for axes in (whole, end):
         axes.set_xlabel("step")
         axes.grid(alpha=0.25)

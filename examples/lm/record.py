@@ -36,7 +36,7 @@ FREE = {
 }
 
 # The form of run.json. Version 1 is that of files that do not name one.
-VERSION = 2
+VERSION = 3
 
 
 class Started(NamedTuple):
@@ -125,6 +125,8 @@ def read(folder: Path) -> dict[str, Any]:
         absolute = found.pop("absolute_curvature", False)
         if found.get("optimizer") == "sophia_h" and not absolute:
             found["optimizer"] = "sophia_h_paper"
+    if found.get("version", 1) < 3 and command_of(found) == "compare":
+        found.setdefault("half", [])  # no optimizer took half of the steps
     return found
 
 

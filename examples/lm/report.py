@@ -223,13 +223,14 @@ def table(summaries: dict[str, dict[str, Any]], bigram_loss: float | None) -> Ta
     """The runs side by side."""
     out = Table(title="validation loss in nats a token")
     out.add_column("optimizer")
-    for column in ("validation loss", "step time", "on curvature", "win rate"):
+    for column in ("steps", "validation loss", "step time", "on curvature", "win rate"):
         out.add_column(column, justify="right")
     for name, row in summaries.items():
         loss = f"{row['validation_loss']:.4f}"
         win_rate = "-" if row["win_rate"] is None else f"{row['win_rate']:.2f}"
         out.add_row(
             name,
+            f"{row['steps']}",
             loss if row["diverged"] is None else f"diverged at step {row['diverged']}",
             f"{1e3 * row['step_seconds']:.1f} ms",
             f"{100 * row['curvature_share']:.1f} %",
@@ -237,7 +238,7 @@ def table(summaries: dict[str, dict[str, Any]], bigram_loss: float | None) -> Ta
         )
     if bigram_loss is not None:
         out.add_section()
-        out.add_row("bigram counts", f"{bigram_loss:.4f}", "-", "-", "-", style="dim")
+        out.add_row("bigram counts", "-", f"{bigram_loss:.4f}", "-", "-", "-", style="dim")
     return out
 
 
@@ -248,7 +249,7 @@ def best(summaries: dict[str, dict[str, Any]]) -> str | None:
 
 
 def verdict(summaries: dict[str, dict[str, Any]]) -> str:
-    """What the table says, in one sentence."""
+    """What the table says: the best run, and what half of the steps were enough for."""
     first = best(summaries)
     if first is None:
         return "Every run diverged; the warnings above say where, and what to try."
@@ -258,7 +259,18 @@ def verdict(summaries: dict[str, dict[str, Any]]) -> str:
     if second is None:
         return f"{first} ends at a validation loss of {loss:.4f} nats a token."
     margin = others[second]["validation_loss"] - loss
-    return f"{first} ends lowest, at {loss:.4f} nats a token: {margin:.4f} below {second}."
+    said = [f"{first} ends lowest, at {loss:.4f} nats a token: {margin:.4f} below {second}."]
+    baseline, row = next(iter(summaries.items()))
+    for name, shorter in summaries.items():
+        diverged = row["diverged"] is not None or shorter["diverged"] is not None
+        if diverged or shorter["steps"] >= row["steps"]:
+            continue
+        margin = row["validation_loss"] - shorter["validation_loss"]
+        said.append(
+            f"{name} ends {abs(margin):.4f} {'below' if margin > 0 else 'above'} {baseline}, "
+            f"after {shorter['steps']} steps instead of {row['steps']}."
+        )
+    return " ".join(said)
 
 
 def written(folder: Path) -> str:

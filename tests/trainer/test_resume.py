@@ -1,5 +1,6 @@
 """Runs that go on from their folder alone, that diverge or are interrupted, and what they say."""
 
+import dataclasses
 import json
 import shlex
 import shutil
@@ -12,7 +13,7 @@ import pytest
 
 from examples.lm import compare, data, generate, record, run_folder
 from examples.lm.__main__ import main
-from examples.lm.config import CompareConfig, MeshConfig, TrainConfig, UsageError
+from examples.lm.config import CompareConfig, MeshConfig, TrainConfig, UsageError, compared
 from tests.trainer import worker
 from tests.trainer.worker import RUN, steps_of
 
@@ -64,14 +65,16 @@ def test_a_stopped_run_prints_the_command_that_goes_on_with_it(
 
 def test_a_stopped_comparison_goes_on_in_the_middle_of_a_run(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert worker.run([*COMPARE, "--out", str(whole)]) == 0
-    assert worker.run([*COMPARE, "--out", str(cut)], stop_after=4) == 0
+    started = [*COMPARE, "--half", "sophia_g", "--out"]
+    assert worker.run([*started, str(whole)]) == 0
+    assert worker.run([*started, str(cut)], stop_after=4) == 0
     assert {name for name, *_ in losses(cut)} == {"adamw"}
     assert worker.run(["compare", "--resume", "--out", str(cut)], stop_after=3) == 0
     assert worker.run(["compare", "--resume", "--out", str(cut)]) == 0
     assert losses(cut) == losses(whole)
     tables = [json.loads((f / "summary.json").read_text())["runs"] for f in (cut, whole)]
-    for name in ("adamw", "sophia_g"):
+    assert list(tables[1]) == ["adamw", "sophia_g", "sophia_g_half"]
+    for name in tables[1]:
         assert tables[0][name]["validation_loss"] == tables[1][name]["validation_loss"]
         assert tables[0][name]["win_rate"] == tables[1][name]["win_rate"]
 
@@ -124,6 +127,14 @@ def test_the_first_versions_sophia_h_used_h_unless_it_was_told_otherwise(absolut
     config = record.stored(TrainConfig, str(tmp_path))
     assert config.optimizer == ("sophia_h" if absolute else "sophia_h_paper")
     assert config.steps == 7
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_an_older_comparison_goes_on_without_runs_of_half_of_the_steps(version, tmp_path):
+    found = {"version": version, "optimizers": ["adamw", "sophia_g_eigenbasis"], "steps": 7}
+    (tmp_path / "run.json").write_text(json.dumps(found))
+    names = list(compared(record.stored(CompareConfig, str(tmp_path))))
+    assert names == found["optimizers"] + ["sophia_g_eigenbasis_half"] * (version > 2)
 
 
 @pytest.mark.parametrize(
@@ -245,13 +256,11 @@ def test_a_run_that_may_go_on_after_diverging_reaches_its_end(tmp_path, capsys):
 
 
 def test_a_comparison_keeps_the_others_results_when_one_diverges(tmp_path, monkeypatch, capsys):
-    for_optimizer = compare.for_optimizer
+    def wild(config):
+        runs = compared(config)
+        return runs | {"adamw": dataclasses.replace(runs["adamw"], learning_rate=1e30)}
 
-    def wild(config, name):
-        found = for_optimizer(config, name)
-        return TrainConfig(**vars(found) | {"learning_rate": 1e30}) if name == "adamw" else found
-
-    monkeypatch.setattr(compare, "for_optimizer", wild)
+    monkeypatch.setattr(compare, "compared", wild)
     out = tmp_path / "both"
     assert worker.run([*COMPARE, "--out", str(out)]) == 0
     runs = json.loads((out / "summary.json").read_text())["runs"]

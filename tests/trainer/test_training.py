@@ -13,7 +13,15 @@ from flax import nnx
 
 from examples.lm import compare, data, mesh, report
 from examples.lm.__main__ import main
-from examples.lm.config import MODELS, CompareConfig, MeshConfig, ModelConfig, TrainConfig
+from examples.lm.config import (
+    MODELS,
+    CompareConfig,
+    MeshConfig,
+    ModelConfig,
+    TrainConfig,
+    UsageError,
+    compared,
+)
 from examples.lm.loop import Result, fit
 from examples.lm.model import Transformer, dropout, parameter_count
 from examples.lm.optimizers import OPTIMIZERS, Curvature, Optimizer, build, sophia_g
@@ -43,7 +51,7 @@ def comparison(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "compare"
     config = CompareConfig(
         model="micro", steps=STEPS, batch_size=8, eval_interval=12, eval_batches=2, log_interval=1,
-        mesh=MeshConfig(1, 1, 1), out=str(folder), optimizers=tuple(OPTIMIZERS),
+        mesh=MeshConfig(1, 1, 1), out=str(folder), optimizers=tuple(OPTIMIZERS), half=("adamw",),
     )  # fmt: skip
     printed = []
     one_device, table = jax.devices()[:1], report.table
@@ -351,12 +359,12 @@ def test_a_comparison_leaves_plot_metrics_and_summary_and_prints_the_table(compa
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert not (folder / "gamma.png").exists()  # no gamma changes
     summary = json.loads((folder / "summary.json").read_text())
-    assert list(summary["runs"]) == list(OPTIMIZERS)
+    assert list(summary["runs"]) == [*OPTIMIZERS, "adamw_half"]
     assert 2 < summary["bigram_loss"] < 3
     assert [c.header for c in table.columns][1:] == [
-        "validation loss", "step time", "on curvature", "win rate",
+        "steps", "validation loss", "step time", "on curvature", "win rate",
     ]  # fmt: skip
-    assert table.row_count == len(OPTIMIZERS) + 1
+    assert table.row_count == len(OPTIMIZERS) + 2
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -379,6 +387,37 @@ def test_curvature_is_estimated_on_every_tenth_step_and_on_no_other(comparison, 
     rates = [r["win_rate"] for r in records if r["run"] == optimizer and "win_rate" in r]
     changes = [step for step in range(1, STEPS) if rates[step] != rates[step - 1]]
     assert changes == [10, 20]
+
+
+def test_half_of_the_steps_have_a_schedule_of_their_own_length(comparison):
+    folder, records, _ = comparison
+    half = [r for r in records if r["run"] == "adamw_half" and "loss" in r]
+    assert [r["step"] for r in half] == list(range(STEPS // 2))
+    whole = [r for r in records if r["run"] == "adamw" and "loss" in r]
+    assert half[0]["loss"] == whole[0]["loss"]
+    assert half[-1]["loss"] != whole[STEPS // 2 - 1]["loss"]
+    runs = json.loads((folder / "summary.json").read_text())["runs"]
+    assert runs["adamw_half"]["steps"] == STEPS // 2
+    assert runs["adamw_half"]["step_seconds"] == runs["adamw"]["step_seconds"]
+
+
+def test_the_verdict_says_what_half_of_the_steps_were_enough_for():
+    def row(loss, steps, diverged=None):
+        return {"validation_loss": loss, "steps": steps, "diverged": diverged}
+
+    runs = {"adamw": row(2.0, 10), "sophia_g": row(1.8, 10), "sophia_g_half": row(1.9, 5)}
+    first, half = report.verdict(runs).split(". ")
+    assert first == "sophia_g ends lowest, at 1.8000 nats a token: 0.1000 below sophia_g_half"
+    assert half == "sophia_g_half ends 0.1000 below adamw, after 5 steps instead of 10."
+    assert "0.1000 above adamw" in report.verdict(runs | {"sophia_g_half": row(2.1, 5)})
+    for name in ("adamw", "sophia_g_half"):
+        assert "instead of" not in report.verdict(runs | {name: row(1.9, 5, diverged=0)})
+
+
+def test_half_takes_only_what_is_compared():
+    assert list(compared(CompareConfig(optimizers=("adamw", "lion")))) == ["adamw", "lion"]
+    with pytest.raises(UsageError, match=r"--half names 'lion', which is not compared"):
+        compared(CompareConfig(optimizers=("adamw", "sophia_g"), half=("lion",)))
 
 
 def contents(folder):
