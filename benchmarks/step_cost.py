@@ -58,6 +58,7 @@ class Scope:
     """How much is measured.
 
     Attributes:
+      names: the optimizers; AdamW is among them.
       compiled: sizes whose update is compiled.
       counted: sizes whose train step's FLOPs are counted.
       stepped: sizes whose train step is compiled.
@@ -69,6 +70,7 @@ class Scope:
       rounds: of the timings.
     """
 
+    names: tuple[str, ...] = NAMES
     compiled: tuple[str, ...] = tuple(SIZES)
     counted: tuple[str, ...] = tuple(SIZES)
     stepped: tuple[str, ...] = ("1m", "11m")
@@ -81,8 +83,8 @@ class Scope:
 
 
 QUICK = Scope(
-    compiled=("1m",), counted=("1m",), stepped=("1m",), timed_updates=("1m",), timed_steps=(),
-    growth="1m", shares=(1, 16), probes=(1, 2), rounds=3,
+    names=("adamw", "muon", "sophia_h"), compiled=("1m",), counted=("1m",), stepped=("1m",),
+    timed_updates=("1m",), timed_steps=(), growth="1m", shares=(1, 16), probes=(1,), rounds=3,
 )  # fmt: skip
 
 
@@ -223,9 +225,9 @@ def timed_step(size: str, optimizer: str) -> Callable[[], float]:
     return timing.mean_step(Trainer(run(size, optimizer)), corpus)
 
 
-def timed(size: str, make: Callable[[str, str], Any], rounds: int) -> dict[str, Row]:
+def timed(scope: Scope, size: str, make: Callable[[str, str], Any]) -> dict[str, Row]:
     """Each optimizer's seconds, and the median of their ratio to AdamW's in the same round."""
-    return timing.over_adamw({name: make(size, name) for name in NAMES}, rounds)
+    return timing.over_adamw({name: make(size, name) for name in scope.names}, scope.rounds)
 
 
 # --- the table of all of it -----------------------------------------------------------------------
@@ -235,20 +237,20 @@ def jobs(scope: Scope) -> Iterator[tuple[str, Callable[[], Row]]]:
     """The name of each measurement and how to make it."""
     platforms = ["cpu", *(["tpu"] if importlib.util.find_spec("libtpu") else [])]
     for size in scope.counted:
-        for name in NAMES:
+        for name in scope.names:
             yield f"flops/{size}/{name}", functools.partial(step_flops, size, name)
     device = jax.devices()[0].device_kind
     for size in scope.timed_updates:
-        make = functools.partial(timed, size, timed_update, scope.rounds)
+        make = functools.partial(timed, scope, size, timed_update)
         yield f"seconds/update/{device}/{size}", make
     for size in scope.timed_steps:
-        make = functools.partial(timed, size, timed_step, scope.rounds)
+        make = functools.partial(timed, scope, size, timed_step)
         yield f"seconds/step/{device}/{size}", make
     for size in scope.stepped:
-        for name in NAMES:
+        for name in scope.names:
             yield f"memory/{size}/{name}", functools.partial(compiled_step, run(size, name))
     for share in scope.shares:
-        for name in ("sophia_h", "sophia_g"):
+        for name in [name for name in ("sophia_h", "sophia_g") if name in scope.names]:
             key = f"share/{scope.growth}/{share}/{name}"
             yield key, functools.partial(step_flops, scope.growth, name, share)
     for probes in scope.probes:
@@ -258,7 +260,7 @@ def jobs(scope: Scope) -> Iterator[tuple[str, Callable[[], Row]]]:
         )
     for size in scope.compiled:
         for platform in platforms:
-            for name in NAMES:
+            for name in scope.names:
                 yield (
                     f"update/{platform}/{size}/{name}",
                     functools.partial(update_cost, size, name, platform),
@@ -335,7 +337,7 @@ def plot(runs: dict[str, Row], scope: Scope, path: Path) -> None:
         axes.minorticks_off()
 
     timings = {key: row for key, row in over.items() if key.startswith("seconds/")}
-    for index, name in enumerate(NAMES):
+    for index, name in enumerate(scope.names):
         places = [i + 0.13 * (index - 2.5) for i in range(len(timings))]
         heights = [row[name] for row in timings.values()]
         times.bar(places, heights, 0.13, color=colours[name])
