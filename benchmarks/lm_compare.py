@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks.lib.provenance import RESULTS, provenance
 
 SEEDS = (0, 1, 2)
-QUICK = ["--steps", "20", "--optimizers", "adamw", "sophia_g"]
+QUICK = ["--steps", "20", "--optimizers", "adamw", "sophia_g", "--half", "adamw"]
 
 
 def run(seed: int, quick: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -47,6 +47,7 @@ def table(summaries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         losses = [r["validation_loss"] for r in runs]
         win_rates = [r["win_rate"] for r in runs if r["win_rate"] is not None]
         out[name] = {
+            "steps": runs[0]["steps"],
             "validation_loss": losses,
             "validation_loss_mean": float(np.mean(losses)),
             "step_time_over_adamw": float(np.median(ratios)),
