@@ -146,24 +146,38 @@ OPTIMIZERS = {
 each_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
 
+START = {"learning_rate": 0.1, "gamma": 2.0, "b1": 0.5}
+
+
+def final_loss(hyperparameters: dict[str, Any]) -> jax.Array:
+    """The loss after three steps in float64."""
+    tx = sophia_optax.sophia_h(**hyperparameters, clip_threshold=100.0)
+    return loss_fn(after(3, tx, jax.tree.map(lambda x: np.asarray(x, np.float64), PARAMS)))
+
+
+jitted_final_loss = jax.jit(final_loss)
+
+
+@functools.cache
+def derivatives(remat: bool) -> dict[str, jax.Array]:
+    """Of the final loss in each hyperparameter."""
+    return jax.jit(jax.grad(jax.checkpoint(final_loss) if remat else final_loss))(START)
+
+
 @pytest.mark.parametrize("remat", [False, True])
-@pytest.mark.parametrize("argument", ["learning_rate", "gamma", "b1"])
+@pytest.mark.parametrize("argument", START)
 def test_the_derivative_of_three_steps_is_that_of_finite_differences(
     argument: str, remat: bool
 ) -> None:
     with jax.enable_x64(True):
-        params = jax.tree.map(lambda x: np.asarray(x, np.float64), PARAMS)
-        start = {"learning_rate": 0.1, "gamma": 2.0, "b1": 0.5}
-
-        def final_loss(value: jax.Array) -> jax.Array:
-            tx = sophia_optax.sophia_h(**{**start, argument: value}, clip_threshold=100.0)
-            return loss_fn(after(3, tx, params))
-
-        final_loss = jax.jit(jax.checkpoint(final_loss) if remat else final_loss)
-        at, step = start[argument], 1e-6
-        expected = (final_loss(at + step) - final_loss(at - step)) / (2 * step)
+        step = 1e-6
+        above, below = (
+            jitted_final_loss({**START, argument: START[argument] + sign * step})
+            for sign in (1, -1)
+        )
+        expected = (above - below) / (2 * step)
         assert abs(expected) > 1e-3
-        np.testing.assert_allclose(jax.grad(final_loss)(at), expected, rtol=1e-6)
+        np.testing.assert_allclose(derivatives(remat)[argument], expected, rtol=1e-6)
 
 
 def test_vmap_over_seeds_is_a_transform_with_each_seed() -> None:
@@ -172,9 +186,8 @@ def test_vmap_over_seeds_is_a_transform_with_each_seed() -> None:
         hessian_fn = numbered(HESSIAN)
         return tx.update(GRADS, tx.init(PARAMS), hessian_fn=hessian_fn, refresh=True)[1].nu
 
-    several = jax.vmap(nu)(jnp.arange(3))
-    alone = [nu(seed) for seed in range(3)]
-    chex.assert_trees_all_close(several, jax.tree.map(lambda *xs: jnp.stack(xs), *alone), rtol=1e-6)
+    several, *alone = jax.jit(lambda seeds: (jax.vmap(nu)(seeds), *map(nu, range(3))))(np.arange(3))
+    chex.assert_trees_all_close(several, jax.tree.map(lambda *xs: np.stack(xs), *alone), rtol=1e-6)
     assert len(np.unique(several["b"][:, 1])) == 3
 
 
@@ -189,25 +202,19 @@ def flat_step(name: str) -> tuple[Callable[..., Any], list[Any]]:
     return lambda *leaves: jax.tree.leaves(step(*treedef.unflatten(leaves))), leaves
 
 
+@functools.cache
+def jitted_flat_step(name: str) -> tuple[Any, list[Any]]:
+    """The same, compiled once for the tests that only run it."""
+    step, leaves = flat_step(name)
+    return jax.jit(step), leaves
+
+
 @each_optimizer
 def test_a_step_is_exported_for_gpu_and_tpu_and_runs_here(name: str) -> None:
-    step, leaves = flat_step(name)
-    exported = jax.export.export(jax.jit(step), platforms=("cpu", "cuda", "tpu"))(*leaves)
+    step, leaves = jitted_flat_step(name)
+    exported = jax.export.export(step, platforms=("cpu", "cuda", "tpu"))(*leaves)
     assert exported.platforms == ("cpu", "cuda", "tpu")
-    chex.assert_trees_all_close(
-        exported.call(*leaves), jax.jit(step)(*leaves), rtol=1e-6, atol=1e-7
-    )
-
-
-@pytest.mark.usefixtures("no_cache")
-def test_a_step_that_was_compiled_and_stored_runs_when_it_is_loaded() -> None:
-    """Without the cache: for CPUs, a program that comes from it cannot be stored again."""
-    step, leaves = flat_step("target")
-    compiled = jax.jit(step).lower(*leaves).compile()
-    loaded = serialize_executable.deserialize_and_load(
-        *serialize_executable.serialize(compiled), execution_devices=jax.devices()[:1]
-    )
-    chex.assert_trees_all_equal(loaded(*leaves), compiled(*leaves))
+    chex.assert_trees_all_close(exported.call(*leaves), step(*leaves), rtol=1e-6, atol=1e-7)
 
 
 # Settings of JAX
@@ -247,12 +254,11 @@ def test_a_step_takes_the_same_numbers_under_every_setting(name: str, setting: s
 
 @each_optimizer
 def test_a_compiled_step_moves_nothing_between_host_and_device(name: str) -> None:
-    tx = OPTIMIZERS[name]()
-    step = jax.jit(make_step(tx))
-    params, state = step(PARAMS, tx.init(PARAMS))
+    step, leaves = jitted_flat_step(name)
+    leaves = step(*leaves)
     with jax.transfer_guard("disallow"):
-        params, state = step(params, state)
-    chex.assert_tree_all_finite(params)
+        leaves = step(*leaves)
+    chex.assert_tree_all_finite(leaves[: len(PARAMS)])
 
 
 @pytest.mark.stress
@@ -277,3 +283,20 @@ def test_100_000_steps_compile_once_and_need_no_more_memory(
     found = sophia_optax.diagnostics(state)
     assert (int(found.count), int(found.refreshes), int(found.rejected)) == (100_000, 50_000, 0)
     chex.assert_tree_all_finite((params, state))
+
+
+# Without the compilation cache
+
+
+@pytest.mark.usefixtures("no_cache")
+def test_a_step_that_was_compiled_and_stored_runs_when_it_is_loaded() -> None:
+    """Without the cache: for CPUs, a program that comes from it cannot be stored again.
+
+    The fixture lasts for the rest of the module, so that this is the last test.
+    """
+    step, leaves = flat_step("target")
+    compiled = jax.jit(step).lower(*leaves).compile()
+    loaded = serialize_executable.deserialize_and_load(
+        *serialize_executable.serialize(compiled), execution_devices=jax.devices()[:1]
+    )
+    chex.assert_trees_all_equal(loaded(*leaves), compiled(*leaves))

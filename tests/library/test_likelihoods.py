@@ -1,5 +1,8 @@
 """What the likelihoods draw: mean zero, and the covariance that a dense Hessian says."""
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,18 +14,23 @@ from tests import networks, oracles
 
 NAMES = ("categorical", "bernoulli", "gaussian")
 SAMPLINGS = ("sample_residual", "sample_factor")
-SHAPES = {"categorical": (2, 3, 4), "bernoulli": (2, 5), "gaussian": (2, 5)}
+SHAPES = {"categorical": (2, 2, 3), "bernoulli": (2, 5), "gaussian": (2, 5)}
 
 
 def outputs_of(name: str) -> np.ndarray:
     return 1.5 * np.random.default_rng(0).normal(size=SHAPES[name]).astype(np.float32)
 
 
+@functools.cache
+def compiled(name: str, sampling: str) -> Any:
+    sample = getattr(getattr(sophia_optax, name), sampling)
+    return oracles.jit(jax.vmap(sample, in_axes=(0, None)))
+
+
 def draw(name: str, sampling: str, outputs: np.ndarray, n: int, seed: int = 0) -> np.ndarray:
     """n independent draws, [n, ...]."""
-    sample = getattr(getattr(sophia_optax, name), sampling)
     keys = jax.random.split(jax.random.key(seed), n)
-    return np.asarray(oracles.jit(jax.vmap(sample, in_axes=(0, None)))(keys, jnp.asarray(outputs)))
+    return np.asarray(compiled(name, sampling)(keys, jnp.asarray(outputs)))
 
 
 def exact_covariance(name: str, outputs: np.ndarray) -> np.ndarray:
@@ -93,7 +101,8 @@ def test_one_label_is_drawn_however_large_the_logits(shift):
 def test_a_draw_has_the_shape_and_dtype_of_the_outputs(name, sampling, dtype):
     with jax.enable_x64(dtype == "float64"):
         outputs = jnp.asarray(outputs_of(name), dtype)
-        drawn = getattr(getattr(sophia_optax, name), sampling)(jax.random.key(0), outputs)
+        sample = getattr(getattr(sophia_optax, name), sampling)
+        drawn = jax.eval_shape(sample, jax.random.key(0), outputs)
     assert drawn.shape == outputs.shape
     assert drawn.dtype == jnp.dtype(dtype)
 
@@ -162,7 +171,7 @@ def test_curvature_propagation_has_no_heavy_tail_on_a_rare_class():
 
 
 def test_the_tail_is_gone_from_the_estimate_of_a_rare_tokens_row():
-    tokens, vocabulary = 32, 50
+    tokens, vocabulary = 8, 20
     p = 1 / np.arange(1, vocabulary + 1) ** 1.5
     logits = np.log(p / p.sum()).astype(np.float32)
 

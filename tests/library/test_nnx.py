@@ -1,5 +1,6 @@
 """The Flax NNX adapter: models with random streams and statistics inside a curvature loss."""
 
+import functools
 from typing import Any
 
 import chex
@@ -53,24 +54,27 @@ def estimator(name: str, model: nnx.Module, **kwargs: Any) -> sophia_optax.Hessi
     )
 
 
+# Tests that step a model of one kind with one of these share a program.
+OF_CLASSIFIER = sophia_optax.sophia_h(2e-2, b1=0.9, update_interval=3)
+OF_LINEAR = sophia_optax.sophia_g(1e-2, update_interval=2)
+
+
+@functools.partial(nnx.jit, static_argnames="name")
+def step(model: nnx.Module, optimizer: nnx.Optimizer, name: str) -> jax.Array:
+    """A step on the data, and the loss before it."""
+    loss, grads = nnx.value_and_grad(loss_fn)(model, INPUTS, LABELS)
+    optimizer.update(model, grads, hessian_fn=estimator(name, model))
+    return loss
+
+
 each_estimator = pytest.mark.parametrize("name", ("hutchinson", "gauss_newton_bartlett"))
 
 
 @each_estimator
 def test_dropout_and_batch_norm_train_through_nnx_optimizer(name: str) -> None:
     model = Classifier(nnx.Rngs(0))
-    optimizer = nnx.Optimizer(
-        model, sophia_optax.sophia_h(2e-2, b1=0.9, update_interval=3), wrt=nnx.Param
-    )
-
-    @nnx.jit
-    def step(model: nnx.Module, optimizer: nnx.Optimizer) -> jax.Array:
-        hessian_fn = estimator(name, model)
-        loss, grads = nnx.value_and_grad(loss_fn)(model, INPUTS, LABELS)
-        optimizer.update(model, grads, hessian_fn=hessian_fn)
-        return loss
-
-    losses = [float(step(model, optimizer)) for _ in range(40)]
+    optimizer = nnx.Optimizer(model, OF_CLASSIFIER, wrt=nnx.Param)
+    losses = [float(step(model, optimizer, name)) for _ in range(40)]
     found = sophia_optax.diagnostics(optimizer.opt_state)
     assert (int(found.count[...]), int(found.refreshes[...])) == (40, 14)
     assert int(found.rejected[...]) == 0
@@ -80,9 +84,8 @@ def test_dropout_and_batch_norm_train_through_nnx_optimizer(name: str) -> None:
 
 def test_diagnostics_of_an_nnx_optimizer_are_arrays_that_format() -> None:
     model = Classifier(nnx.Rngs(0))
-    optimizer = nnx.Optimizer(model, sophia_optax.sophia_g(1e-2), wrt=nnx.Param)
-    grads = nnx.grad(loss_fn)(model, INPUTS, LABELS)
-    optimizer.update(model, grads, hessian_fn=estimator("gauss_newton_bartlett", model))
+    optimizer = nnx.Optimizer(model, OF_CLASSIFIER, wrt=nnx.Param)
+    step(model, optimizer, "gauss_newton_bartlett")
     found = sophia_optax.diagnostics(optimizer.opt_state)
     assert all(isinstance(value, jax.Array) for value in found)
     assert f"{found.count:d} {found.refreshes:d} {found.win_rate:.2f}".startswith("1 1 0.")
@@ -141,7 +144,7 @@ def test_functional_outputs_are_the_outputs() -> None:
 @each_estimator
 def test_a_model_trains_as_its_params_do_in_plain_optax(name: str) -> None:
     model = nnx.Linear(4, 3, rngs=nnx.Rngs(1))
-    tx = sophia_optax.sophia_g(1e-2, update_interval=2)
+    tx = OF_LINEAR
     start = {"bias": model.bias[...], "kernel": model.kernel[...]}
 
     def logits(params: Any) -> jax.Array:
@@ -160,16 +163,10 @@ def test_a_model_trains_as_its_params_do_in_plain_optax(name: str) -> None:
         return optax.apply_updates(params, updates), state
 
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-
-    @nnx.jit
-    def step(model: nnx.Module, optimizer: nnx.Optimizer) -> None:
-        grads = nnx.grad(loss_fn)(model, INPUTS, LABELS)
-        optimizer.update(model, grads, hessian_fn=estimator(name, model))
-
     params, state = start, tx.init(start)
     for _ in range(4):
         params, state = plain_step(params, state)
-        step(model, optimizer)
+        step(model, optimizer, name)
     np.testing.assert_allclose(model.kernel[...], params["kernel"], rtol=1e-5)
     np.testing.assert_allclose(model.bias[...], params["bias"], rtol=1e-4, atol=1e-7)
 
@@ -198,7 +195,7 @@ def test_the_parts_of_a_split_model_train_as_the_model_does(name: str, pure: boo
     model = nnx.Linear(4, 3, rngs=nnx.Rngs(1))
     graphdef, params = nnx.split(model, nnx.Param)
     params = nnx.to_pure_dict(params) if pure else params
-    tx = sophia_optax.sophia_g(1e-2, update_interval=2)
+    tx = OF_LINEAR
 
     def logits(params: Any) -> jax.Array:
         return nnx.merge(graphdef, params)(INPUTS)
@@ -207,7 +204,7 @@ def test_the_parts_of_a_split_model_train_as_the_model_does(name: str, pure: boo
         return loss_fn(nnx.merge(graphdef, params), INPUTS, LABELS)
 
     @jax.jit
-    def step(params: Any, state: Any) -> Any:
+    def step_of_parts(params: Any, state: Any) -> Any:
         if name == "hutchinson":
             hessian_fn = sophia_optax.hutchinson(loss, params)
         else:
@@ -216,17 +213,11 @@ def test_the_parts_of_a_split_model_train_as_the_model_does(name: str, pure: boo
         return optax.apply_updates(params, updates), state
 
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-
-    @nnx.jit
-    def step_of_model(model: nnx.Module, optimizer: nnx.Optimizer) -> None:
-        grads = nnx.grad(loss_fn)(model, INPUTS, LABELS)
-        optimizer.update(model, grads, hessian_fn=estimator(name, model))
-
     structure = jax.tree.structure(params)
     state = tx.init(params)
     for _ in range(3):
-        params, state = step(params, state)
-        step_of_model(model, optimizer)
+        params, state = step_of_parts(params, state)
+        step(model, optimizer, name)
     assert jax.tree.structure(params) == structure
     trained = nnx.merge(graphdef, params)
     np.testing.assert_allclose(trained.kernel[...], model.kernel[...], rtol=1e-5)

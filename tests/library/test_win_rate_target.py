@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.special
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -24,34 +25,74 @@ from sophia_optax._win_rate_target import (
     unclipped_counts,
 )
 
-KEYS = jax.random.split(jax.random.key(0), 8)
-SIZE = 2000
+RNG = np.random.default_rng(0)
+SIZES = {"a": 2 * SMALL, "b": SMALL}  # one leaf for each way of counting
 
 
-def lognormal(key: jax.Array, spread: float = 2.0) -> jax.Array:
-    return jnp.exp(spread * jax.random.normal(key, (SIZE,)))
+def lognormal(size: int, spread: float = 2.0) -> np.ndarray:
+    """Quantiles of a lognormal distribution in random order: smooth, however few they are."""
+    quantiles = np.exp(spread * scipy.special.ndtri((np.arange(size) + 0.5) / size))
+    return RNG.permutation(quantiles).astype(np.float32)
 
 
-GRADS = {"a": lognormal(KEYS[0]) * jax.random.rademacher(KEYS[1], (SIZE,)), "b": lognormal(KEYS[2])}
-CURVATURE = {"a": lognormal(KEYS[3]), "b": lognormal(KEYS[4])}
+CURVATURE = {name: jnp.asarray(lognormal(size)) for name, size in SIZES.items()}
+GRADS = {  # of both signs in one leaf
+    "a": RNG.choice([-1, 1], SIZES["a"]) * lognormal(SIZES["a"], 3.0) * CURVATURE["a"],
+    "b": lognormal(SIZES["b"], 3.0) * CURVATURE["b"],
+}
+NUMBERS = {
+    "target": 0.3,
+    "decay": 0.0,
+    "b1": 0.9,
+    "b2": 0.99,
+    "clip_threshold": 1.0,
+    "update_interval": 2,
+}
 
 
-def transform(target: float = 0.3, **keywords: Any) -> optax.GradientTransformationExtraArgs:
-    own = {"per_tensor": False, "decay": 0.0}
-    own = {name: keywords.pop(name, value) for name, value in own.items()}
-    gamma = win_rate_target(target, **own)
-    return sophia_optax.scale_by_sophia(gamma=gamma, **{"update_interval": 2, **keywords})
+def transform(
+    *, per_tensor: bool = False, absolute_curvature: bool = True, **numbers: Any
+) -> optax.GradientTransformationExtraArgs:
+    numbers = NUMBERS | numbers
+    gamma = win_rate_target(
+        numbers.pop("target"), per_tensor=per_tensor, decay=numbers.pop("decay")
+    )
+    return sophia_optax.scale_by_sophia(
+        gamma=gamma, absolute_curvature=absolute_curvature, **numbers
+    )
 
 
-def step(tx: Any, state: Any, grads: Any = GRADS, curvature: Any = CURVATURE) -> tuple[Any, Any]:
+def step_of(tx: Any, state: Any, grads: Any = GRADS, curvature: Any = CURVATURE) -> tuple[Any, Any]:
+    """A step of any transform, with a program of its own."""
     return jax.jit(lambda g, s, h: tx.update(g, s, hessian_fn=lambda key: h))(
         grads, state, curvature
     )
 
 
+@functools.partial(jax.jit, static_argnames=("per_tensor", "absolute_curvature"))
+def step_with(
+    numbers: Any, grads: Any, state: Any, curvature: Any, **flags: bool
+) -> tuple[Any, Any]:
+    """A step of `transform` with numbers that are arguments of its program."""
+    tx = transform(**numbers, **flags)
+    return tx.update(grads, state, hessian_fn=lambda key: curvature)
+
+
+def step(
+    state: Any, grads: Any = GRADS, curvature: Any = CURVATURE, **keywords: Any
+) -> tuple[Any, Any]:
+    """A step of `transform(**keywords)`."""
+    numbers = {name: keywords.pop(name, value) for name, value in NUMBERS.items()}
+    return step_with(numbers, grads, state, curvature, **keywords)
+
+
+def first_step(grads: Any = GRADS, curvature: Any = CURVATURE, **keywords: Any) -> tuple[Any, Any]:
+    """The first step of `transform(**keywords)`."""
+    return step(transform(**keywords).init(grads), grads, curvature, **keywords)
+
+
 def first_gamma(grads: Any = GRADS, curvature: Any = CURVATURE, **keywords: Any) -> float:
-    tx = transform(**keywords)
-    return float(sophia_optax.diagnostics(step(tx, tx.init(grads), grads, curvature)[1]).gamma)
+    return float(sophia_optax.diagnostics(first_step(grads, curvature, **keywords)[1]).gamma)
 
 
 def numpy_quantile(target: float, b1: float = 0.9) -> float:
@@ -63,43 +104,55 @@ def numpy_quantile(target: float, b1: float = 0.9) -> float:
 @pytest.mark.parametrize("target", [0.05, 0.3, 0.9])
 def test_gamma_is_the_quantile_of_momentum_over_curvature(target: float) -> None:
     np.testing.assert_allclose(first_gamma(target=target), numpy_quantile(target), rtol=0.1)
-    tx = transform(target, b1=0.0, update_interval=1)
-    state = tx.init(GRADS)
+    own = {"target": target, "b1": 0.0, "update_interval": 1}
+    state = transform(**own).init(GRADS)
     for _ in range(3):  # each from where the last one was
-        _, state = step(tx, state)
+        _, state = step(state, **own)
     np.testing.assert_allclose(float(state.gamma), numpy_quantile(target, b1=0.0), rtol=0.02)
 
 
 @pytest.mark.parametrize("target", [0.05, 0.3, 0.9])
 def test_per_tensor_gamma_is_the_quantile_of_each(target: float) -> None:
-    tx = transform(target, per_tensor=True, b1=0.0, update_interval=1)
+    own = {"target": target, "per_tensor": True, "b1": 0.0, "update_interval": 1}
     curvature = {"a": 100 * CURVATURE["a"], "b": CURVATURE["b"]}
-    state = tx.init(GRADS)
+    state = transform(**own).init(GRADS)
     for _ in range(3):
-        updates, state = step(tx, state, GRADS, curvature)
-    expected = {name: np.quantile(jnp.abs(GRADS[name]) / curvature[name], target) for name in GRADS}
+        updates, state = step(state, GRADS, curvature, **own)
+    expected = {name: np.quantile(np.abs(GRADS[name]) / curvature[name], target) for name in GRADS}
     for index, name in enumerate(GRADS):
         np.testing.assert_allclose(float(state.gamma[index]), expected[name], rtol=0.05)
         assert abs(np.mean(np.abs(updates[name]) < 1) - target) < 0.005
     found = sophia_optax.diagnostics(state)
     assert abs(float(found.win_rate) - target) < 0.005
-    mean = np.exp(np.mean(np.log(list(expected.values()))))
+    weights = [SIZES[name] for name in expected]
+    mean = np.exp(np.average(np.log(list(expected.values())), weights=weights))
     np.testing.assert_allclose(float(found.gamma), mean, rtol=0.05)
 
 
 def test_per_tensor_gammas_are_those_of_a_transform_for_each() -> None:
-    grads = {**GRADS, "few": jnp.array([1.0, -2.0, 3.0]), "one": jnp.float32(2.0)}
-    curvature = {**CURVATURE, "few": jnp.array([1.0, 0.0, -1.0]), "one": jnp.float32(0.5)}
-    together = transform(0.4, per_tensor=True, decay=0.5, update_interval=1)
+    grads = {"a": GRADS["a"], "few": jnp.array([1.0, -2.0, 3.0]), "one": jnp.float32(2.0)}
+    curvature = {
+        "a": CURVATURE["a"],
+        "few": jnp.array([1.0, 0.0, -1.0]),
+        "one": jnp.float32(0.5),
+    }
+    own = {"target": 0.4, "decay": 0.5, "update_interval": 1}
+    together = transform(per_tensor=True, **own)
     apart = optax.partition(
-        {name: transform(0.4, decay=0.5, update_interval=1) for name in grads},
-        {name: name for name in grads},
+        {name: transform(**own) for name in grads}, {name: name for name in grads}
     )
     state, other = together.init(grads), apart.init(grads)
+
+    @jax.jit
+    def both(scale: jax.Array, states: Any) -> list[Any]:
+        scaled = jax.tree.map(lambda g: scale * g, grads)
+        return [
+            tx.update(scaled, state, hessian_fn=lambda key: curvature)
+            for tx, state in zip((together, apart), states, strict=True)
+        ]
+
     for scale in (1.0, 10.0):
-        scaled = jax.tree.map(lambda g, s=scale: s * g, grads)
-        updates, state = step(together, state, scaled, curvature)
-        others, other = step(apart, other, scaled, curvature)
+        (updates, state), (others, other) = both(scale, (state, other))
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), updates, others)
 
 
@@ -113,8 +166,7 @@ def test_per_tensor_gamma_weighs_parameters_by_their_size() -> None:
 
 @pytest.mark.parametrize("clip_threshold", [1.0, 0.25])
 def test_the_share_of_coordinates_left_unclipped_is_the_target(clip_threshold: float) -> None:
-    tx = transform(0.3, clip_threshold=clip_threshold)
-    updates, state = step(tx, tx.init(GRADS))
+    updates, state = first_step(target=0.3, clip_threshold=clip_threshold)
     moved = np.concatenate([np.abs(u) for u in jax.tree.leaves(updates)])
     assert abs(np.mean(moved < clip_threshold) - 0.3) < 0.005
     assert abs(float(state.win_rate) - 0.3) < 0.005
@@ -130,8 +182,9 @@ def test_gamma_takes_out_the_scales_of_gradient_and_curvature() -> None:
 
 
 def test_coordinates_without_positive_curvature_do_not_count() -> None:
-    grads = {**GRADS, "flat": jnp.ones(SIZE), "concave": jnp.ones(SIZE)}
-    curvature = {**CURVATURE, "flat": jnp.zeros(SIZE), "concave": -jnp.ones(SIZE)}
+    ones = np.ones(SIZES["b"], np.float32)
+    grads = {**GRADS, "flat": ones, "concave": ones}
+    curvature = {**CURVATURE, "flat": 0 * ones, "concave": -ones}
     keywords = {"absolute_curvature": False}
     assert first_gamma(grads, curvature, **keywords) == first_gamma(**keywords)
 
@@ -145,18 +198,18 @@ def test_negative_curvature_counts_by_its_size_unless_the_papers_is_asked_for() 
 @pytest.mark.parametrize("per_tensor", [False, True])
 @pytest.mark.parametrize("params", [{}, {"w": jnp.ones(3)}], ids=["empty", "flat"])
 def test_without_any_positive_curvature_gamma_stays(params: Any, per_tensor: bool) -> None:
-    tx = transform(per_tensor=per_tensor)
-    _, state = step(tx, tx.init(params), params, jax.tree.map(jnp.zeros_like, params))
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    _, state = first_step(params, zeros, per_tensor=per_tensor)
     assert float(sophia_optax.diagnostics(state).gamma) == 1.0
 
 
 def test_gamma_is_averaged_in_the_logarithm_and_the_first_counts_in_full() -> None:
-    tx = transform(decay=0.75, b1=0.0, b2=0.0, update_interval=1)
-    state = tx.init(GRADS)
+    own = {"decay": 0.75, "b1": 0.0, "b2": 0.0, "update_interval": 1}
+    state = transform(**own).init(GRADS)
     found = []
     for scale in (1.0, 10.0, 100.0):
         grads = jax.tree.map(lambda g, s=scale: s * g, GRADS)
-        _, state = step(tx, state, grads)
+        _, state = step(state, grads, **own)
         found.append(float(state.gamma))
     logs = np.log10(found) - np.log10(found[0])
     weights = 0.75 ** np.arange(3)[::-1]
@@ -166,19 +219,19 @@ def test_gamma_is_averaged_in_the_logarithm_and_the_first_counts_in_full() -> No
 
 @pytest.mark.parametrize("per_tensor", [False, True])
 def test_between_refreshes_gamma_stays(per_tensor: bool) -> None:
-    tx = transform(per_tensor=per_tensor)
-    _, state = step(tx, tx.init(GRADS))
-    _, later = step(tx, state, jax.tree.map(lambda g: 100 * g, GRADS))
+    own = {"per_tensor": per_tensor}
+    _, state = first_step(**own)
+    _, later = step(state, jax.tree.map(lambda g: 100 * g, GRADS), **own)
     np.testing.assert_array_equal(later.gamma, state.gamma)
     assert int(later.refreshes) == 1
 
 
 @pytest.mark.parametrize("per_tensor", [False, True])
 def test_a_rejected_estimate_leaves_gamma(per_tensor: bool) -> None:
-    tx = transform(update_interval=1, per_tensor=per_tensor)
-    _, state = step(tx, tx.init(GRADS))
+    own = {"update_interval": 1, "per_tensor": per_tensor}
+    _, state = first_step(**own)
     broken = {**CURVATURE, "a": CURVATURE["a"].at[0].set(jnp.nan)}
-    _, later = step(tx, state, jax.tree.map(lambda g: 100 * g, GRADS), broken)
+    _, later = step(state, jax.tree.map(lambda g: 100 * g, GRADS), broken, **own)
     np.testing.assert_array_equal(later.gamma, state.gamma)
     assert int(later.rejected) == 1
 
@@ -202,9 +255,10 @@ def test_a_fixed_gamma_is_shown_as_it_was_set() -> None:
 
 def test_a_gamma_on_a_schedule_is_shown_as_it_was_used() -> None:
     tx = optax.inject_hyperparams(sophia_optax.scale_by_sophia)(gamma=lambda t: 0.5 / (t + 1))
+    update = jax.jit(lambda s, g, h: tx.update(g, s, hessian_fn=lambda key: h))
     state = tx.init(GRADS)
     for expected in (0.5, 0.25):
-        _, state = step(tx, state)
+        _, state = update(state, GRADS, CURVATURE)
         np.testing.assert_allclose(float(sophia_optax.diagnostics(state).gamma), expected)
 
 
@@ -215,56 +269,55 @@ def test_a_gamma_given_as_an_array_is_not_donated_with_the_state() -> None:
     assert float(gamma) == 0.5
 
 
-def gammas_with(grads_at: Any, steps: int, **keywords: Any) -> tuple[list[float], Any]:
-    """γ and the updates of a transform whose gradient changes and whose curvature does not."""
-    tx = transform(0.5, update_interval=10, decay=0.5, **keywords)
-    curvature = 0.01 * jnp.linspace(1, 2, 8)
-    update = jax.jit(lambda g, s: tx.update(g, s, hessian_fn=lambda key: curvature))
-    state, gammas = tx.init(curvature), []
-    for number in range(steps):
-        updates, state = update(grads_at(number), state)
-        gammas.append(float(sophia_optax.diagnostics(state).gamma))
-    return gammas, updates
+def gammas_with(scales: np.ndarray, **keywords: Any) -> tuple[np.ndarray, jax.Array]:
+    """γ at each step of a gradient times `scales` and an equal curvature, and the last updates."""
+    tx = transform(target=0.5, update_interval=10, decay=0.5, **keywords)
+    grads, curvature = jnp.linspace(-1, 1, 8), 0.01 * jnp.linspace(1, 2, 8)
+
+    def one(state: Any, scale: jax.Array) -> Any:
+        updates, state = tx.update(scale * grads, state, hessian_fn=lambda key: curvature)
+        return state, (sophia_optax.diagnostics(state).gamma, updates)
+
+    run = jax.jit(lambda scales: jax.lax.scan(one, tx.init(grads), scales)[1])
+    gammas, updates = run(jnp.float32(scales))
+    return np.asarray(gammas), updates[-1]
 
 
 @pytest.mark.parametrize("per_tensor", [False, True])
 def test_gamma_waits_while_the_gradient_is_zero(per_tensor: bool) -> None:
     """It would follow the decaying momentum to zero, from where no factor brings it back."""
-    grads = jnp.linspace(-1, 1, 8)
-    gammas, updates = gammas_with(
-        lambda n: grads * (not 300 <= n < 3000), 3000, per_tensor=per_tensor
-    )
+    gammas, updates = gammas_with(np.repeat([1, 0], [300, 2700]), per_tensor=per_tensor)
     assert gammas[-1] == gammas[300 - 1]
     np.testing.assert_array_equal(updates, 0)
 
 
 def test_gamma_comes_back_within_fifteen_refreshes_of_a_gradient_that_all_but_vanished() -> None:
-    grads = jnp.linspace(-1, 1, 8)
-    gammas, _ = gammas_with(lambda n: grads * (1e-37 if 300 <= n < 3000 else 1), 3150)
+    gammas, _ = gammas_with(np.repeat([1, 1e-37, 1], [300, 2700, 150]))
     assert min(gammas) >= 2.0**-100
     np.testing.assert_allclose(gammas[-1], gammas[299], rtol=0.3)
 
 
 def test_a_leaf_of_more_than_2_to_the_24_elements_is_counted_right() -> None:
     size = 2**24 + 2**20
-    counts = jax.jit(unclipped_counts)(jnp.full(size, 0.5), jnp.ones(size))
+    counts = unclipped_counts(np.full(size, 0.5, np.float32), np.ones(size, np.float32))
     assert counts[-1] == size
     assert counts[len(TRIAL_FACTORS) // 2] == size
 
 
 def test_small_and_large_leaves_are_counted_alike() -> None:
-    momentum, curvature = lognormal(KEYS[5])[:SMALL], lognormal(KEYS[6])[:SMALL]
-    momentum, curvature = momentum.at[:9].set(0), curvature.at[4:12].set(0)
-    gradient = momentum.at[20:40].set(0)
+    momentum, curvature = lognormal(SMALL), lognormal(SMALL)
+    momentum[:9], curvature[4:12] = 0, 0
+    gradient = momentum.copy()
+    gradient[20:40] = 0
     small = unclipped_counts(momentum, curvature, 0.3, gradient)
     # A coordinate without momentum, curvature and gradient counts nowhere.
-    padded = [jnp.pad(x, (0, SMALL)) for x in (momentum, curvature, gradient)]
+    padded = [np.pad(x, (0, SMALL)) for x in (momentum, curvature, gradient)]
     np.testing.assert_array_equal(small, unclipped_counts(*padded[:2], 0.3, padded[2]))
 
 
 @pytest.mark.parametrize("size", [0, 1, 32, 33, 97])
 def test_the_numbers_of_a_vector_are_its_elements(size: int) -> None:
-    vector = 2.0 ** jnp.arange(-size, size, 2)
+    vector = np.float32(2.0) ** np.arange(-size, size, 2)
     np.testing.assert_array_equal(jax.jit(numbers)(vector), vector)
 
 
@@ -277,7 +330,7 @@ each_kind = pytest.mark.parametrize(
 @functools.cache
 def compiled_run(**keywords: Any) -> Any:
     """Refreshes with a gradient times each row of `scales`, which has two factors: all states."""
-    tx = transform(0.5, decay=0.5, b1=0.0, b2=0.5, update_interval=1, **keywords)
+    tx = transform(target=0.5, decay=0.5, b1=0.0, b2=0.5, update_interval=1, **keywords)
 
     def run(grads: Any, curvature: Any, scales: jax.Array) -> Any:
         def one(state: Any, scale: jax.Array) -> Any:
@@ -353,7 +406,7 @@ WRAPPERS = {
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_the_share_is_of_what_the_transform_owns(name: str, per_tensor: bool) -> None:
     tx = WRAPPERS[name](transform(per_tensor=per_tensor))
-    _, state = step(tx, tx.init(GRADS))
+    _, state = step_of(tx, tx.init(GRADS))
     found = sophia_optax.diagnostics(state)
     assert abs(float(found.win_rate) - 0.3) < 0.005
     alone = first_gamma({"a": GRADS["a"]}, {"a": CURVATURE["a"]})
@@ -380,9 +433,8 @@ def test_no_gamma_is_taken_for_a_parameter() -> None:
 
 def test_it_runs_under_inject_hyperparams() -> None:
     tx = optax.inject_hyperparams(sophia_optax.sophia_h)(1e-3, gamma=win_rate_target(0.3))
-    _, state = jax.jit(lambda s: tx.update(GRADS, s, GRADS, hessian_fn=lambda key: CURVATURE))(
-        tx.init(GRADS)
-    )
+    update = jax.jit(lambda s, g, h: tx.update(g, s, GRADS, hessian_fn=lambda key: h))
+    _, state = update(tx.init(GRADS), GRADS, CURVATURE)
     assert abs(float(sophia_optax.diagnostics(state).win_rate) - 0.3) < 0.01
 
 
@@ -397,9 +449,9 @@ def test_counting_holds_no_array() -> None:
         )
         return update.lower(grads, state).compile().memory_analysis().temp_size_in_bytes
 
+    bound = temporaries(0.01) + 512 * 512 // 16
     for per_tensor in (False, True):
-        target = win_rate_target(0.3, per_tensor=per_tensor)
-        assert temporaries(target) <= temporaries(0.01) + 512 * 512 // 16
+        assert temporaries(win_rate_target(0.3, per_tensor=per_tensor)) <= bound
 
 
 @pytest.mark.parametrize(
@@ -437,12 +489,13 @@ def test_coordinates_without_momentum_do_not_count() -> None:
 
 def test_between_two_trials_the_logit_is_a_line_from_a_millionth_to_its_opposite() -> None:
     """All coordinates lie between a γ and the one four times as large."""
-    counts = jnp.where(jnp.arange(len(TRIAL_FACTORS) + 2) < 10, 0.0, 100.0)[None]
+    counts = jnp.float32(np.where(np.arange(len(TRIAL_FACTORS) + 2) < 10, 0, 100)[None])
+    interpolate = jax.jit(quantile_factors)
     logit = lambda p: np.log(p / (1 - p))  # noqa: E731
     for target in (0.05, 0.5, 0.8):
         part = (logit(target) - logit(1e-6)) / (2 * -logit(1e-6))
         expected = TRIAL_FACTORS[9] * 4.0**part
-        np.testing.assert_allclose(quantile_factors(counts, target), expected, rtol=1e-2)
+        np.testing.assert_allclose(interpolate(counts, target), expected, rtol=1e-2)
 
 
 def test_a_tensor_without_curvature_makes_no_nan_on_the_way() -> None:
