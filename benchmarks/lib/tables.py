@@ -142,7 +142,8 @@ def lm_compare() -> str:
     file = read("lm_compare.json")
     rows = [
         [
-            NAMES[name],
+            NAMES[name.removesuffix("_half")],
+            row["steps"],
             losses(row["validation_loss"]),
             f"{row['validation_loss_mean']:.3f}",
             percent(row["curvature_share"], 1) if row["curvature_share"] else None,
@@ -150,8 +151,8 @@ def lm_compare() -> str:
         ]
         for name, row in file["optimizers"].items()
     ]
-    rows.append(["bigram counts", None, f"{file['bigram_loss']:.3f}", None, None])
-    header = ["", "validation loss by seed", "mean", "time on curvature", "win rate"]
+    rows.append(["bigram counts", None, None, f"{file['bigram_loss']:.3f}", None, None])
+    header = ["", "steps", "validation loss by seed", "mean", "time on curvature", "win rate"]
     return markdown(header, rows)
 
 
