@@ -22,7 +22,7 @@ def table(text: str, title: str) -> list[list[str]]:
 def names_of_tests() -> set[str]:
     return {
         node.name
-        for path in ROOT.glob("tests/*/test_*.py")
+        for path in ROOT.glob("tests/**/test_*.py")
         for node in ast.parse(path.read_text()).body
         if isinstance(node, ast.FunctionDef)
     }
