@@ -221,8 +221,13 @@ def numbers(vector: Array) -> list[Array]:
 def _pieces(vector: Array, width: int) -> list[Array]:
     """A vector cut into pieces of one width, with zeros at the end.
 
-    A piece is a sum over all pieces, the others times zero: XLA does not merge a sum with what
-    follows, as it does a slice.
+    Args:
+      vector: of any length.
+      width: of a piece.
+
+    Returns:
+      The pieces. Each is a sum over all of them, with zeros instead of the others: XLA does not
+      merge a sum with what follows, as it does a slice.
     """
     count = -(-vector.size // width)
     pieces = jnp.pad(vector, (0, count * width - vector.size)).reshape(count, width)
