@@ -10,8 +10,7 @@ its `validation` split. The race's own runs are what they are compared with:
 * rates: five optimizers at multiples of their tuned learning rates, at half of that length.
 
 Runs are kept as those of `lm_race` are, in `results/ablations.jsonl`; `results/ablations.json` has
-the tables and `ablations.png` the plot. The basis is averaged from the gradients: in_eigenbasis has
-no option to take the sampled gradients of the curvature instead, so that is not among the changes.
+the tables and `ablations.png` the plot.
 """
 
 import functools
@@ -76,6 +75,54 @@ def turned(matrices: str, embedding: str | None) -> Any:
     return numbers
 
 
+class Recorder:
+    """The params' own axes as `Coordinates`; it keeps what an estimator turns into them."""
+
+    def __init__(self) -> None:
+        self.turned: Any = None
+
+    def turn(self, tree: Any) -> Any:
+        """Returns the tree, and keeps it."""
+        self.turned = tree
+        return tree
+
+    def back(self, tree: Any) -> Any:
+        """Returns the tree."""
+        return tree
+
+
+def with_sampled_basis(
+    tx: optax.GradientTransformationExtraArgs, basis: Mapping[str, Any]
+) -> optax.GradientTransformationExtraArgs:
+    """Averages the factors from sampled gradients instead of the gradients, and turns every step.
+
+    A sample is the gradient that Gauss-Newton-Bartlett squares: of labels drawn from the model, on
+    the examples of the curvature. It is drawn anew in each step.
+
+    Args:
+      tx: `sophia_g` in the eigenbasis.
+      basis: the keywords of `in_eigenbasis` that it was made with.
+
+    Returns:
+      A transformation with the state of `tx`.
+    """
+    keep = optax.GradientTransformation(lambda params: (), lambda u, state, params=None: (u, state))
+    turn = sophia_optax.in_eigenbasis(keep, **basis)
+
+    def update(updates: Any, state: Any, params: Any, *, hessian_fn: Any, **extra_args: Any) -> Any:
+        old, *others = state
+        recorder = Recorder()
+        hessian_fn(jax.random.fold_in(jax.random.key(1), old.count), coordinates=recorder)
+        # What it keeps is Sophia's state, with the momenta turned into the new bases.
+        _, turned = turn.update(recorder.turned, old, params, refresh_basis=True)
+        state = (turned._replace(count=old.count), *others)
+        options = {"hessian_fn": hessian_fn, "refresh_basis": False, **extra_args}
+        updates, (new, *others) = tx.update(updates, state, params, **options)
+        return updates, (new._replace(bases=turned.bases), *others)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
 @dataclass(frozen=True)
 class Change:
     """One difference from the raced optimizer.
@@ -84,12 +131,14 @@ class Change:
       point: hyperparameters that differ from the tuned ones.
       basis: keywords of `in_eigenbasis` that differ.
       options: keywords of `sophia_g`.
+      sampled: whether the basis is averaged from sampled gradients.
       slower: also run at the learning rate times each of these.
     """
 
     point: Mapping[str, float] = field(default_factory=dict)
     basis: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    sampled: bool = False
     slower: tuple[float, ...] = ()
 
     def row(self) -> Optimizer:
@@ -98,7 +147,8 @@ class Change:
         def build(h: Any, schedule: optax.Schedule) -> optax.GradientTransformation:
             basis = {**basis_options(h), **self.basis}
             make = functools.partial(sophia_optax.sophia_g, eigenbasis=basis, **self.options)
-            return sophia(make, h, schedule)
+            tx = sophia(make, h, schedule)
+            return with_sampled_basis(tx, basis) if self.sampled else tx
 
         return replace(ENTRANTS[CHANGED], build=build)
 
@@ -109,6 +159,7 @@ CHANGES = {
     "blocks of 128": Change(basis={"block_size": 128}),
     "blocks of 64": Change(basis={"block_size": 64}),
     "blocks of 32": Change(basis={"block_size": 32}),
+    "basis from samples": Change(sampled=True),
     "inputs only": Change(basis={"dimension_numbers": turned("left", "right")}),
     "outputs only": Change(basis={"dimension_numbers": turned("right", "right")}),
     "no Nesterov": Change(options={"nesterov": False}),

@@ -388,6 +388,7 @@ ABLATIONS = {
     "blocks of 128": "blocks of 128",
     "blocks of 64": "blocks of 64",
     "blocks of 32": "blocks of 32",
+    "basis from samples": "basis from the sampled gradients of the curvature",
     "inputs only": "matrices turned on the side of their inputs only",
     "outputs only": "matrices turned on the side of their outputs only",
     "embeddings not turned": "embeddings not turned",

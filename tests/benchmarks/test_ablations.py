@@ -5,6 +5,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from benchmarks import ablations, orthonormalize
@@ -19,14 +20,14 @@ PARAMS = {
 H = Hyperparameters(1e-2, b1=0.8, b2=0.9, gamma=0.5, weight_decay=0.0, warmup=0.0, basis_interval=1)
 
 
-def last_update(row, point=()):
-    """The third update of a row, where an estimate is the square of the gradient."""
+def last_update(row, point=(), sample=lambda grads: grads):
+    """The third update of a row, where an estimate is the square of a sample of the gradient."""
     tx, _ = build(row, replace(H, **dict(point)), 4)
 
     @jax.jit
     def step(grads, state):
         def estimate(key, /, *, coordinates):
-            return jax.tree.map(jnp.square, coordinates.turn(grads))
+            return jax.tree.map(jnp.square, coordinates.turn(sample(grads)))
 
         return tx.update(grads, state, PARAMS, hessian_fn=estimate)
 
@@ -54,6 +55,35 @@ def test_a_change_changes_the_updates(unchanged, name):
     differences = jax.tree.map(lambda a, b: np.abs(a - b).max(), changed, unchanged)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(changed))
     assert max(differences.values()) > 1e-5
+
+
+def clipped(grads):
+    """The gradient that reaches the optimizer."""
+    return optax.clip_by_global_norm(1.0).update(grads, optax.EmptyState())[0]
+
+
+def test_a_basis_from_samples_is_that_of_the_gradients_where_each_sample_is_the_gradient():
+    raced = last_update(Change().row(), sample=clipped)
+    changed = last_update(CHANGES["basis from samples"].row(), sample=clipped)
+    for name, update in changed.items():
+        atol = 1e-4 * np.abs(raced[name]).max()
+        np.testing.assert_allclose(update, raced[name], rtol=0, atol=atol)
+
+
+def test_a_basis_from_samples_does_not_see_the_gradients():
+    def bases(name, scale):
+        def estimate(key, /, *, coordinates):
+            return jax.tree.map(jnp.square, coordinates.turn(PARAMS))
+
+        tx, _ = build(CHANGES[name].row() if name else Change().row(), H, 4)
+        grads = jax.tree.map(lambda p: jnp.sin(scale * p), PARAMS)
+        _, state = tx.update(grads, tx.init(PARAMS), PARAMS, hessian_fn=estimate)
+        return jax.tree.map(np.asarray, optax.tree.get(state, "bases"))
+
+    sampled = "basis from samples"
+    jax.tree.map(np.testing.assert_array_equal, bases(sampled, 1.0), bases(sampled, -3.0))
+    differences = jax.tree.map(lambda a, b: np.abs(a - b).max(), bases("", 1.0), bases("", -3.0))
+    assert max(jax.tree.leaves(differences)) > 0.1
 
 
 def test_without_curvature_each_turned_coordinate_moves_by_the_learning_rate():
