@@ -44,7 +44,7 @@ from matplotlib.figure import Figure
 import sophia_optax
 from benchmarks.lib.journal import Journal
 from benchmarks.lib.provenance import RESULTS, provenance
-from benchmarks.lib.sweep import Runs, Workload
+from benchmarks.lib.sweep import TUNING_SEED, Runs, Workload
 from examples import vision
 from examples.lm import data
 from examples.lm.config import Hyperparameters, ModelConfig
@@ -52,7 +52,6 @@ from examples.lm.optimizers import OPTIMIZERS, Curvature, Optimizer, build
 from examples.lm.train import Trainer
 from examples.vision import Batch, Params
 
-TUNING_SEED = 1000
 STARTS = {"adamw": 5e-3, "sophia_g": 2.5e-3, "sophia_h": 2.5e-3}
 
 # --- Candidates -----------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from benchmarks.entrants import ENTRANTS
 from benchmarks.lib import timing
 from benchmarks.lib.journal import Journal
 from benchmarks.lib.provenance import RESULTS, provenance
-from benchmarks.lib.sweep import Runs, Workload, compiled
+from benchmarks.lib.sweep import TUNING_SEED, Runs, Workload, compiled
 from examples.lm import data, plan
 from examples.lm.config import ModelConfig
 from examples.lm.model import parameter_count
@@ -77,7 +77,6 @@ QUICK = Regime(
     tries=2,
     seeds=(0,),
 )
-TUNING_SEED = 1000
 ROUNDS = 5  # of the timings
 
 

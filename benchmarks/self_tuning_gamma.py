@@ -26,14 +26,14 @@ import sophia_optax
 from benchmarks.entrants import ENTRANTS
 from benchmarks.lib.journal import Journal
 from benchmarks.lib.provenance import RESULTS, provenance
-from benchmarks.lib.sweep import Runs, Workload
+from benchmarks.lib.sweep import TUNING_SEED, Runs, Workload
+from benchmarks.lm_race import QUICK
 from examples.lm import data
 from examples.lm.config import MODELS
 from examples.lm.tune import search
 
 WIDTHS = (32, 64)
 BATCHES = (2, 8, 16, 32)  # sequences of 128 bytes
-TUNING_SEED = 1000
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def cell(
 ) -> dict[str, Any]:
     """One model and batch size: the losses of the best fixed γ and of every target."""
     entrant = ENTRANTS[config.optimizer]
-    model = replace(MODELS["tiny"], width=width)
+    model = replace(QUICK.workload.model if config.quick else MODELS["tiny"], width=width)
     workload = Workload(model=model, batch_size=batch, curvature_batch=max(1, batch // 2))
     common = {name: getattr(config, name) for name in ("learning_rate", "b1", "warmup")}
     names = {"optimizer": config.optimizer, "width": str(width), "batch": str(batch)}

@@ -32,8 +32,8 @@ import tyro
 
 from benchmarks.lib.journal import Journal
 from benchmarks.lib.provenance import RESULTS, provenance
-from benchmarks.lib.sweep import Runs
-from benchmarks.lm_race import REGIMES
+from benchmarks.lib.sweep import Runs, Workload
+from benchmarks.lm_race import QUICK, REGIMES
 from examples.lm import data
 from examples.lm.optimizers import (
     OPTIMIZERS,
@@ -307,6 +307,11 @@ class WarmupConfig:
         """Of every run."""
         return 20 if self.quick else STEPS
 
+    @property
+    def workload(self) -> Workload:
+        """Of every run."""
+        return (QUICK if self.quick else REGIMES["small"]).workload
+
 
 class Study:
     """Runs what is asked for, or reads it from the journal."""
@@ -331,7 +336,7 @@ class Study:
             self.sweeps[key] = Runs(
                 self.journal,
                 self.corpus,
-                REGIMES["small"].workload.run(changed_row(optimizer, change, other)),
+                self.config.workload.run(changed_row(optimizer, change, other)),
                 functools.partial(ChangedTrainer, change=change, watch=part == "what"),
                 part=part,
                 optimizer=optimizer,

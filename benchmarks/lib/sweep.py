@@ -17,6 +17,7 @@ from examples.lm.run import Run, resolve
 from examples.lm.train import Trainer
 from examples.lm.tune import Point, Sweep
 
+TUNING_SEED = 1000  # of the runs that choose hyperparameters; no reported run has it
 EVALUATED = 512  # windows that a loss is the mean over
 LOGGED = ("step", "loss", "grad_norm", "learning_rate", "tokens_per_second", "mfu")
 

@@ -138,13 +138,13 @@ def run_config(config: PlanConfig, optimizer: str, chips: int) -> TrainConfig:
     )
 
 
-def trainer_of(run: Run, unroll: bool = False) -> Trainer:
+def trainer_of(run: Run, unroll: bool | None = None) -> Trainer:
     """The run's trainer, with a vocabulary of bytes where the model does not name one."""
     return Trainer(run.with_vocabulary(run.model.vocab_size or 256), unroll=unroll)
 
 
 def lowered_step(
-    run: Run, refresh: bool | None = None, unroll: bool = False
+    run: Run, refresh: bool | None = None, unroll: bool | None = None
 ) -> tuple[Trainer, Any]:
     """The run's own training step, traced for its mesh."""
     trainer = trainer_of(run, unroll)

@@ -8,8 +8,8 @@ from benchmarks.entrants import ENTRANTS
 from benchmarks.lib import timing
 from benchmarks.lib.journal import Journal
 from benchmarks.lib.provenance import RESULTS
-from benchmarks.lib.sweep import Runs, Workload, compiled
-from benchmarks.lm_race import REGIMES, TUNING_SEED, finished
+from benchmarks.lib.sweep import TUNING_SEED, Runs, Workload, compiled
+from benchmarks.lm_race import REGIMES, finished
 from examples.lm import data
 from examples.lm.optimizers import OPTIMIZERS
 from examples.lm.tune import LADDERS, neighbours, search

@@ -221,6 +221,18 @@ def test_accumulated_microbatches_give_the_gradient_of_the_whole_batch():
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("layers", "unrolled"), [(1, True), (2, True), (5, False)])
+def test_few_layers_are_compiled_one_by_one_on_a_cpu(layers, unrolled):
+    trainer = trainer_on(1, MeshConfig(), layers=layers)
+    assert trainer.unroll == unrolled
+    length = trainer.run.model.context
+    loops = jax.make_jaxpr(trainer.logits)(trainer.init().params, jnp.zeros((1, length), jnp.int32))
+    turns = [eqn.params["length"] for eqn in loops.eqns if eqn.primitive.name == "scan"]
+    unrolls = [eqn.params["unroll"] for eqn in loops.eqns if eqn.primitive.name == "scan"]
+    assert turns == [layers]
+    assert unrolls == [layers if unrolled else 1]
+
+
 def test_dropout_follows_the_seed_and_the_step_with_seeds_as_arguments_too():
     settings = {"optimizer": "adamw", "dropout": 0.5}
     losses = {}
