@@ -1,12 +1,15 @@
 """How the batch size moves the optimizers against each other, at a fixed number of steps.
 
-    python -m benchmarks.batch_sizes [--quick] [--batches 8 32 128 512]
+    python -m benchmarks.batch_sizes [--quick] [--batches 8 32 128 512] [--curvature-batches 128]
 
 The model and the text are those of `lm_race`. Each optimizer starts from the point that the race
 tuned in the large regime, at 64 sequences a step and as many steps as here. At each batch size its
 learning rate climbs from there, with the same number of tries for all, on the `tune` split and a
 seed of its own. The best rate runs on other seeds and is judged on the `validation` split. An
 estimate of the curvature uses an eighth of the batch, and four sequences at least.
+
+Sophia-G in the eigenbasis also runs at its tuned rate with more sequences in its curvature: the
+whole batch in each estimate, or an estimate in each step, or both.
 
 Runs are kept in `results/batch_sizes.jsonl` as they end, and what is there is not run again;
 `results/batch_sizes.json` has the table and `batch_sizes.png` the plot. Both have what has run.
@@ -28,14 +31,21 @@ from benchmarks.entrants import ENTRANTS
 from benchmarks.lib.journal import Journal
 from benchmarks.lib.plots import line_over_seeds
 from benchmarks.lib.provenance import RESULTS, provenance
-from benchmarks.lib.sweep import Runs, Workload
+from benchmarks.lib.sweep import TUNING_SEED, Runs, Workload
 from benchmarks.lib.tables import NAMES
-from benchmarks.lm_race import QUICK, REGIMES, TUNING_SEED, raced
+from benchmarks.lm_race import QUICK, REGIMES, raced
 from examples.lm import data
 from examples.lm.model import parameter_count
 from examples.lm.tune import search
 
 REGIME = REGIMES["large"]
+CURVED = "sophia_g_eigenbasis"
+CURVATURES = {
+    "whole batch": (True, 10),
+    "each step": (False, 1),
+    "whole batch, each step": (True, 1),
+}
+"""Whether the whole batch estimates the curvature, and steps from one estimate to the next."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,7 @@ class BatchSizesConfig:
 
     Attributes:
       batches: sequences in a step.
+      curvature_batches: those of them at which the curvature sees more of the batch.
       entrants: names in `ENTRANTS`.
       tries: learning rates that each entrant may try at each batch size.
       seeds: of the reported runs; tuning uses another.
@@ -53,6 +64,7 @@ class BatchSizesConfig:
     """
 
     batches: tuple[int, ...] = (8, 32, 128, 512)
+    curvature_batches: tuple[int, ...] = (128,)
     entrants: tuple[str, ...] = ("adamw", "sophia_g_eigenbasis", "soap", "sophia_g")
     tries: int = 4
     seeds: tuple[int, ...] = REGIME.seeds
@@ -85,11 +97,26 @@ def enter(
         runs({**start, **best}, config.steps, seed, "validation")
 
 
-def summarize(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def vary_curvature(
+    config: BatchSizesConfig, journal: Journal, corpus: data.Corpus, batch: int
+) -> None:
+    """Runs Sophia-G in the eigenbasis at its tuned rate with other parts of the batch."""
+    rate = summarize(journal.rows)[CURVED][str(batch)]["learning_rate"]
+    point = {**raced("large", CURVED)["point"], "learning_rate": rate}
+    for name, (whole, interval) in CURVATURES.items():
+        own = replace(workload(batch), update_interval=interval)
+        run = (replace(own, curvature_batch=batch) if whole else own).run(ENTRANTS[CURVED])
+        runs = Runs(journal, corpus, run, batch=str(batch), entrant=CURVED, curvature=name)
+        for seed in config.seeds:
+            runs(point, config.steps, seed, "validation")
+
+
+def summarize(rows: list[dict[str, Any]], curvature: str | None = None) -> dict[str, Any]:
     """Each entrant's tuned learning rate and losses by seed, by batch size.
 
     Args:
       rows: the journal's.
+      curvature: of the names in `CURVATURES`; None for the part of the batch that all runs have.
 
     Returns:
       A loss is None where the run diverged: it is above a uniform guess of the byte, or NaN.
@@ -97,7 +124,7 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for row in rows:
         key = row["key"]
-        if key["split"] == "validation":
+        if key["split"] == "validation" and key.get("curvature") == curvature:
             place = found.setdefault(key["entrant"], {}).setdefault(
                 key["batch"], {"learning_rate": key["learning_rate"], "losses": []}
             )
@@ -131,6 +158,8 @@ def main(config: BatchSizesConfig) -> None:
     for batch in config.batches:
         for name in config.entrants:
             enter(config, journal, corpus, batch, name)
+        if batch in config.curvature_batches:
+            vary_curvature(config, journal, corpus, batch)
     if config.quick:
         return
     found, model = summarize(journal.rows), REGIME.workload.run("adamw").model
@@ -141,6 +170,7 @@ def main(config: BatchSizesConfig) -> None:
         "steps": config.steps,
         "tries": config.tries,
         "results": found,
+        "curvatures": {name: summarize(journal.rows, name).get(CURVED, {}) for name in CURVATURES},
     }
     (RESULTS / "batch_sizes.json").write_text(json.dumps(result, indent=1) + "\n")
     plot(found, model.context, RESULTS / "batch_sizes.png")

@@ -5,8 +5,12 @@
 A row of an embedding whose token was in a gradient's batch, and never in an estimate's, has h = 0:
 it takes sign steps for as long as its momentum is not zero. The runs count these rows and compare
 ways to treat them, on a byte-pair vocabulary of the standard library's sources. With tied
-embeddings the output layer gives curvature to every row; one run of the paper's rule counts that.
-It continues `results/rare_rows.json`, and takes a quarter of an hour on two cores.
+embeddings the output layer gives curvature to every row; a few variants run with these too.
+
+The learning rate of each variant climbs from one start, with the same number of tries for all, on
+the `tune` split and a seed of its own. The best rate runs on other seeds and is judged on the
+`validation` split. Runs are kept in `results/rare_rows.jsonl` as they end, and what is there is not
+run again; `results/rare_rows.json` has the table.
 """
 
 import functools
@@ -24,43 +28,15 @@ import tyro
 from flax import nnx
 
 import sophia_optax
+from benchmarks.lib.journal import Journal
 from benchmarks.lib.provenance import RESULTS, provenance
+from benchmarks.lib.sweep import TUNING_SEED
 from examples.lm import data
 from examples.lm.config import ModelConfig
 from examples.lm.model import Transformer, normal
+from examples.lm.tune import search
 from sophia_optax._scale_by_sophia import SophiaRule, transformation
-from sophia_optax._win_rate_target import FixedGamma
-
-
-@dataclass(frozen=True)
-class RareConfig:
-    """What to compare.
-
-    Attributes:
-      vocab_size: of the byte-pair encoding.
-      width: of the model.
-      context: tokens of a sequence.
-      batch_size: sequences of a step.
-      curvature_batch: sequences of an estimate, where the variant does not say otherwise.
-      steps: of a run.
-      learning_rates: tried with the first seed; the best one runs with all seeds.
-      seeds: of the reported runs.
-      variants: which of `VARIANTS` to run; none stands for AdamW and all of them.
-      quick: a few steps of a small vocabulary, to see that it runs; writes no results.
-      output: the file of results.
-    """
-
-    vocab_size: int = 8192
-    width: int = 64
-    context: int = 64
-    batch_size: int = 8
-    curvature_batch: int = 2
-    steps: int = 200
-    learning_rates: tuple[float, ...] = (4e-3,)
-    seeds: tuple[int, ...] = (0, 1, 2)
-    variants: tuple[str, ...] = ()
-    quick: bool = False
-    output: Path = RESULTS / "rare_rows.json"
+from sophia_optax._win_rate_target import FixedGamma, WinRateTarget
 
 
 @dataclass(frozen=True)
@@ -90,6 +66,7 @@ class Variant:
 
     Attributes:
       rule: makes the equations of a step.
+      gamma: what sets γ.
       sampling: of the Gauss-Newton-Bartlett estimator.
       whole: whether the estimate is of the whole batch.
       fallback: whether N g² stands in where the estimate is zero, with N the tokens of the batch.
@@ -97,6 +74,7 @@ class Variant:
     """
 
     rule: Callable[..., SophiaRule] = SophiaRule
+    gamma: FixedGamma | WinRateTarget = FixedGamma(0.05)  # noqa: RUF009 - frozen
     sampling: Any = "labels"
     whole: bool = False
     fallback: bool = False
@@ -105,6 +83,13 @@ class Variant:
 
 VARIANTS = {
     "paper": Variant(),
+    "target": Variant(gamma=sophia_optax.win_rate_target(0.7)),
+    "weighted target": Variant(gamma=sophia_optax.win_rate_target(0.8, weighted=True)),
+    "target 0.05": Variant(gamma=sophia_optax.win_rate_target(0.05)),
+    "global target": Variant(gamma=sophia_optax.win_rate_target(0.7, per_tensor=False)),
+    "target, floor 1 mean": Variant(
+        functools.partial(FlooredRule, share=1.0), sophia_optax.win_rate_target(0.7)
+    ),
     "adam": Variant(adam=True),
     "floor 1 mean": Variant(functools.partial(FlooredRule, share=1.0)),
     "whole batch": Variant(whole=True),
@@ -113,6 +98,41 @@ VARIANTS = {
     "floor 0.1 mean": Variant(functools.partial(FlooredRule, share=0.1)),
     "wait": Variant(WaitingRule),
 }
+
+
+@dataclass(frozen=True)
+class RareConfig:
+    """What to compare.
+
+    Attributes:
+      vocab_size: of the byte-pair encoding.
+      width: of the model.
+      context: tokens of a sequence.
+      batch_size: sequences of a step.
+      curvature_batch: sequences of an estimate, where the variant does not say otherwise.
+      steps: of a run.
+      learning_rate: where each variant's search begins.
+      tries: learning rates that each variant may try.
+      seeds: of the reported runs; tuning uses another.
+      variants: which to run: AdamW, and names in `VARIANTS`.
+      tied: those that run with tied embeddings too.
+      quick: a few steps of a small vocabulary, to see that it runs; writes no results.
+      runs: the file of finished runs.
+    """
+
+    vocab_size: int = 8192
+    width: int = 64
+    context: int = 64
+    batch_size: int = 8
+    curvature_batch: int = 2
+    steps: int = 200
+    learning_rate: float = 4e-3
+    tries: int = 5
+    seeds: tuple[int, ...] = (0, 1, 2)
+    variants: tuple[str, ...] = ("adamw", *VARIANTS)
+    tied: tuple[str, ...] = ("adamw", "paper", "target", "weighted target", "target 0.05")
+    quick: bool = False
+    runs: Path = RESULTS / "rare_rows.jsonl"
 
 
 class Untied(Transformer):
@@ -137,8 +157,8 @@ class Untied(Transformer):
 
 
 @dataclass
-class Runs:
-    """The runs of one model and variant; the learning rate is traced, so that they compile once."""
+class Model:
+    """One model and variant; the learning rate is traced, so that its runs compile once."""
 
     config: RareConfig
     corpus: data.Corpus
@@ -172,7 +192,7 @@ class Runs:
         scale: Any = optax.scale_by_adam(0.9, 0.95)
         if self.name != "adamw":
             rule = VARIANTS[self.name].rule(0.9, 0.99, 1e-12, 1.0)
-            sophia = transformation(rule, FixedGamma(0.05))
+            sophia = transformation(rule, VARIANTS[self.name].gamma)
             scale = (
                 optax.partition({True: scale, False: sophia}, in_embedding)
                 if VARIANTS[self.name].adam
@@ -216,8 +236,8 @@ class Runs:
             }
         return (optax.apply_updates(params, updates), opt_state), rows
 
-    def run(self, rate: float, seed: int) -> dict[str, Any]:
-        """Trains once."""
+    def run(self, rate: float, seed: int, split: str) -> dict[str, Any]:
+        """Trains once, and returns the loss on a split and the shares of rows."""
         params = nnx.state(self.make(nnx.Rngs(params=jax.random.key(seed))), nnx.Param)
         params = nnx.to_pure_dict(params)
         state = (params, self.optimizer(rate).init(params))
@@ -226,11 +246,12 @@ class Runs:
         for _ in range(self.config.steps):
             state, counts = self.step(state, jnp.asarray(next(stream)), rate)
             rows.append(counts)
-        batches = data.evaluation(self.corpus.validation, self.config.context, 16, 16)
+        batches = data.evaluation(getattr(self.corpus, split), self.config.context, 16, 16)
         loss = float(np.mean([self.evaluate(state[0], batch) for batch in batches]))
-        shares = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
-        last = {f"{key}_last": float(rows[-1][key]) for key in rows[0]}
-        return {"learning_rate": rate, "seed": seed, "loss": loss, **shares, **last}
+        return {
+            "loss": loss,
+            **{key: float(np.mean([row[key] for row in rows])) for key in rows[0]},
+        }
 
 
 def in_embedding(params: Any) -> Any:
@@ -241,54 +262,61 @@ def in_embedding(params: Any) -> Any:
     }
 
 
+def enter(
+    config: RareConfig, journal: Journal, corpus: data.Corpus, name: str, tied: bool = False
+) -> None:
+    """Tunes the learning rate of a variant, and runs the best one on other seeds."""
+    model = Model(config, corpus, tied, name)
+    names = {"variant": name, "tied": True} if tied else {"variant": name}
+
+    def run(rate: float, seed: int, split: str) -> float:
+        key = {**names, "learning_rate": rate, "seed": seed, "split": split}
+        return journal.get(key, lambda: model.run(rate, seed, split))["loss"]
+
+    rate = {"learning_rate": (config.learning_rate,)}
+    best = search(rate, config.tries, lambda p: run(p["learning_rate"], TUNING_SEED, "tune"))
+    for seed in config.seeds:
+        run(best["point"]["learning_rate"], seed, "validation")
+
+
+def summarize(rows: list[dict[str, Any]], tied: bool = False) -> dict[str, dict[str, Any]]:
+    """Each variant's tuned learning rate, losses by seed, and share of rows by seed."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        key = row["key"]
+        if key["split"] == "validation" and key.get("tied", False) == tied:
+            new = {"learning_rate": key["learning_rate"], "losses": [], "flat_of_touched": []}
+            place = found.setdefault(key["variant"], new)
+            place["losses"].append(row["loss"])
+            if "flat_of_touched" in row:
+                place["flat_of_touched"].append(row["flat_of_touched"])
+    return found
+
+
 def main(config: RareConfig) -> None:
-    """Runs the comparison, and writes the results after each variant."""
+    """Runs what is missing, and writes the table."""
     if config.quick:
-        config = replace(
-            config,
-            vocab_size=300,
-            steps=4,
-            learning_rates=(2e-3,),
-            seeds=(0,),
-            batch_size=4,
-            variants=("gradient squared", "adam"),
-        )
+        few = {"vocab_size": 300, "steps": 4, "tries": 1, "seeds": (0,), "batch_size": 4}
+        config = replace(config, **few, variants=("gradient squared", "adam"), tied=())
+    origin = provenance("benchmarks.rare_rows")
+    journal = Journal(None if config.quick else config.runs)
     corpus = data.load("stdlib", f"bpe:{config.vocab_size}")
-    settings = {k: v for k, v in vars(config).items() if k not in ("output", "variants", "quick")}
-    results: dict[str, Any] = provenance("benchmarks.rare_rows")
-    results |= {"settings": settings, "rows": (rows := known(config, settings))}
-    for name in config.variants or ("adamw", *VARIANTS):
-        if any(row["variant"] == name for row in rows):
-            continue
-        runs = Runs(config, corpus, False, name)
-        tried = [runs.run(rate, config.seeds[0]) for rate in config.learning_rates]
-        best = min(tried, key=lambda run: run["loss"])
-        more = [runs.run(best["learning_rate"], seed) for seed in config.seeds[1:]]
-        row = {"variant": name, "tried": tried, "runs": [best, *more]}
-        row["loss"] = float(np.mean([run["loss"] for run in row["runs"]]))
-        rows.append(row)
-        shares = {k: round(best[k], 4) for k in best if k.startswith("flat")}
-        print(f"{name:22}  {row['loss']:.3f}  {shares}", flush=True)
-        write(config, results)
-    results["tied"] = Runs(config, corpus, True, "paper").run(
-        config.learning_rates[0], config.seeds[0]
-    )
-    print("tied", results["tied"])
-    write(config, results)
-
-
-def known(config: RareConfig, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of an earlier run with the same settings."""
-    if config.quick or not config.output.exists():
-        return []
-    found = json.loads(config.output.read_text())
-    return found["rows"] if found["settings"] == json.loads(json.dumps(settings)) else []
-
-
-def write(config: RareConfig, results: dict[str, Any]) -> None:
-    """Writes the results, unless they are of a quick run."""
-    if not config.quick:
-        config.output.write_text(json.dumps(results, indent=1) + "\n")
+    for name in config.variants:
+        enter(config, journal, corpus, name)
+    for name in config.tied:
+        enter(config, journal, corpus, name, tied=True)
+    if config.quick:
+        return
+    settings = {
+        k: v for k, v in vars(config).items() if k not in ("runs", "variants", "tied", "quick")
+    }
+    result = {
+        **origin,
+        "settings": settings,
+        "results": summarize(journal.rows),
+        "tied": summarize(journal.rows, tied=True),
+    }
+    (RESULTS / "rare_rows.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ Eigenbasis: TypeAlias = bool | Mapping[str, Any]
 Mask: TypeAlias = Any
 """A pytree of booleans, a prefix of the params, or a callable from params to one."""
 
-GAMMA_G = win_rate_target(0.7)
+GAMMA_G = win_rate_target(0.8, weighted=True)
 
 _PAPER = {
     "b1": 0.96,
@@ -179,16 +179,17 @@ def sophia_g(
       ...     if step % 10 == 0:
       ...         print(f"{loss:.2f}")
       1.10
-      0.38
+      0.55
+      0.30
       0.17
-      0.10
-      0.06
+      0.11
 
     The arguments are those of `sophia_h`. The defaults of `b1` and `gamma` are those that needed a
-    learning rate alone in `benchmarks/defaults.py`: γ follows from a win rate of 0.7. Pass a number
-    as `gamma` with `clip_threshold=None`, where there is no win rate. `PAPER["sophia_g"]` has the
-    paper's b1 = 0.96 and γ = 0.05. This estimator's h is never negative, so that
-    `absolute_curvature` makes no difference.
+    learning rate alone in `benchmarks/defaults.py`: γ follows from a win rate of 0.8, in which each
+    coordinate counts by the square of its momentum. Pass a number as `gamma` with
+    `clip_threshold=None`, where there is no win rate. `PAPER["sophia_g"]` has the paper's b1 = 0.96
+    and γ = 0.05. This estimator's h is never negative, so that `absolute_curvature` makes no
+    difference.
 
     Returns:
       A transformation whose `update(grads, state, params, hessian_fn=...)` needs the params.

@@ -79,14 +79,26 @@ def sums_of_all_shards(parts: list[Array]) -> Array:
     Returns:
       An array with an axis more, the first one.
     """
+    return _over_all_shards(jax.lax.psum, parts)
+
+
+def maxima_of_all_shards(parts: list[Array]) -> Array:
+    """The elementwise maximum instead of the sum, otherwise as `sums_of_all_shards`."""
+    return _over_all_shards(jax.lax.pmax, parts)
+
+
+def _over_all_shards(combine: Callable[..., Any], parts: list[Array]) -> Array:
     by_axes: dict[tuple[str, ...], list[int]] = {}
     for place, part in enumerate(parts):
         by_axes.setdefault(varying(part), []).append(place)
-    sums = [total(jnp.stack([parts[i] for i in of]), axes) for axes, of in by_axes.items()]
-    if len(sums) == 1:
-        return sums[0]
+    found = []
+    for axes, of in by_axes.items():
+        stacked = jnp.stack([parts[i] for i in of])
+        found.append(combine(stacked, axes) if axes else stacked)
+    if len(found) == 1:
+        return found[0]
     places = [place for of in by_axes.values() for place in of]
-    return jnp.concatenate(sums)[jnp.array(sorted(range(len(parts)), key=places.__getitem__))]
+    return jnp.concatenate(found)[jnp.array(sorted(range(len(parts)), key=places.__getitem__))]
 
 
 def size_on_all_shards(x: Array) -> int:

@@ -24,6 +24,7 @@ TRIAL_FACTORS[-1] ** (1 - decay) at most, a factor of 1000 by default: ten refre
 smallest γ to 1.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -122,11 +123,13 @@ class WinRateTarget:
       target: the share of coordinates to leave unclipped, in (0, 1).
       per_tensor: whether each parameter has a γ of its own.
       decay: of the average of log γ over the refreshes, in [0, 1).
+      weighted: whether a coordinate counts by the square of its momentum.
     """
 
     target: Scalar
     per_tensor: bool
     decay: Scalar
+    weighted: bool
 
     def init(self, params: Params) -> Float[Array, "..."]:
         """Returns ones: a γ for each leaf, or one."""
@@ -151,11 +154,12 @@ class WinRateTarget:
         """Returns the γs that meet the target, averaged with those before."""
         if not leaves:
             return state
-        gammas = self.gammas(state, leaves)
+        gammas, parts = self.gammas(state, leaves), list(ratios())
+        scales = self.weight_scales(parts) if self.weighted else [None] * len(parts)
         counts = _manual_axes.sums_of_all_shards(
             [
-                unclipped_counts(m, h, gamma, g)
-                for (m, h, g), gamma in zip(ratios(), gammas, strict=True)
+                unclipped_counts(m, h, gamma, g, scale)
+                for (m, h, g), gamma, scale in zip(parts, gammas, scales, strict=True)
             ]
         ).astype(jnp.float32)
         if not self.per_tensor:
@@ -165,13 +169,25 @@ class WinRateTarget:
         places = jnp.array(leaves)
         return state.at[places].set(next_gammas(self, state[places], counts, refreshes))
 
+    def weight_scales(self, parts: list[tuple[Array, Array, Array]]) -> list[Float[Array, ""]]:
+        """Returns what each |m| is divided by before its square: the largest one that counts."""
+        # Not the comparison that the counts make: XLA would keep its result for them.
+        largest = _manual_axes.maxima_of_all_shards(
+            [jnp.max(jnp.where(jnp.minimum(m, h) > 0, m, 0), initial=0) for m, h, _ in parts]
+        )
+        return _arrays.numbers(largest) if self.per_tensor else [jnp.max(largest)] * len(parts)
+
     def recorded(self, state: Float[Array, "..."]) -> Float[Array, "..."]:
         """Returns the state as it is."""
         return state
 
 
 def win_rate_target(
-    target: Scalar = 0.5, *, per_tensor: bool = True, decay: Scalar = 0.5
+    target: Scalar = 0.5,
+    *,
+    per_tensor: bool = True,
+    decay: Scalar = 0.5,
+    weighted: bool = False,
 ) -> WinRateTarget:
     """Makes the win rate the hyperparameter instead of γ.
 
@@ -206,6 +222,10 @@ def win_rate_target(
         them together with one. Layers that are stacked in one array are one parameter. Default: as
         for `target`.
       decay: of the average of log γ over the refreshes, in [0, 1); 0 takes each γ as it is found.
+      weighted: whether a coordinate counts by the square of its momentum instead of once, so that
+        `target` is a share of the squared norm of the momentum. Where few coordinates have most of
+        the momentum, as the frequent tokens of a large vocabulary do, the many others do not set γ
+        then.
 
     Returns:
       What `gamma` takes in `sophia_h`, `sophia_g` and `scale_by_sophia`.
@@ -216,9 +236,10 @@ def win_rate_target(
     """
     _checks.check_number("target", target, 0, 1, "(0, 1)")
     _checks.check_number("decay", decay, 0, 1, "[0, 1)")
-    if not isinstance(per_tensor, bool):
-        raise TypeError(f"per_tensor is {per_tensor!r}. Pass True or False.")
-    return WinRateTarget(target, per_tensor, decay)
+    for name, flag in (("per_tensor", per_tensor), ("weighted", weighted)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} is {flag!r}. Pass True or False.")
+    return WinRateTarget(target, per_tensor, decay, weighted)
 
 
 @jax.jit  # Traced once for all leaves of a shape.
@@ -227,7 +248,8 @@ def unclipped_counts(
     curvature: Float[Array, "..."],
     gamma: Scalar = 1.0,
     gradient: Float[Array, "..."] | None = None,
-) -> UInt32[Array, " counts"]:
+    weight_scale: Float[Array, ""] | None = None,
+) -> UInt32[Array, " counts"] | Float[Array, " counts"]:
     """Counts the coordinates of one parameter that each trial γ would leave unclipped.
 
     Args:
@@ -235,6 +257,8 @@ def unclipped_counts(
       curvature: ρ h, of the same shape.
       gamma: the last γ, which the trials are multiples of.
       gradient: g, of the same shape; None stands for one that is nowhere zero.
+      weight_scale: the |m| of a coordinate that counts once; the others count by (|m| / it)². None
+        counts each coordinate once.
 
     Returns:
       A count for each trial; how many coordinates have a gradient; and how many count at all, those
@@ -243,23 +267,51 @@ def unclipped_counts(
     # h is compared with zero, not γ h, which underflows for a γ that has to rise.
     counts = (momentum > 0) & (curvature > 0)
     moving = counts if gradient is None else gradient != 0
+    weight: Any = counts.astype(jnp.uint32)
+    if weight_scale is not None:
+        # Nothing is derived through γ, as nothing is through whole numbers.
+        momentum, scale = jax.lax.stop_gradient((momentum, weight_scale))
+        ratio = momentum / jnp.maximum(scale, jnp.finfo(jnp.float32).tiny)
+        weight = jnp.where(counts, jnp.where(momentum < scale, ratio, 1.0) ** 2, 0.0)
     axes = tuple(range(momentum.ndim))
     if momentum.size <= SMALL:
         trials = jnp.array(TRIAL_FACTORS, jnp.float32) * gamma
         bounds = jnp.expand_dims(trials, [axis + 1 for axis in axes]) * curvature
-        kinds = [counts & (momentum < bounds), jnp.stack([moving, counts])]
+        kinds = [
+            jnp.where(momentum < bounds, weight, 0),
+            jnp.stack([moving.astype(weight.dtype), weight]),
+        ]
         behind = tuple(axis + 1 for axis in axes)
-        return jnp.concatenate([kind.sum(behind, dtype=jnp.uint32) for kind in kinds])
-    # One reduction with many outputs; XLA would not fuse as many sums of their own. Whole numbers,
-    # as XLA for CPU adds ones in order, and 2²⁴ + 1 = 2²⁴ in float32.
-    kinds = [counts & (momentum < factor * gamma * curvature) for factor in TRIAL_FACTORS]
-    operands = [kind.astype(jnp.uint32) for kind in (*kinds, moving, counts)]
-    zeros = [jnp.zeros((), jnp.uint32)] * len(operands)
+        return jnp.concatenate([kind.sum(behind, dtype=weight.dtype) for kind in kinds])
+    # One reduction with many outputs; XLA would not fuse as many sums of their own. Counts are
+    # whole numbers, as XLA for CPU adds ones in order, and 2²⁴ + 1 = 2²⁴ in float32. Weights are
+    # added along some axes and then along the others, so that no sum has that many.
+    kinds = [
+        jnp.where(momentum < factor * gamma * curvature, weight, 0) for factor in TRIAL_FACTORS
+    ]
+    operands = [*kinds, moving.astype(weight.dtype), weight]
+    zeros = [jnp.zeros((), weight.dtype)] * len(operands)
 
     def add(left: Sequence[Array], right: Sequence[Array]) -> list[Array]:
         return [x + y for x, y in zip(left, right, strict=True)]
 
-    return jnp.stack(jax.lax.reduce(operands, zeros, add, axes))
+    if weight_scale is None:
+        return jnp.stack(jax.lax.reduce(operands, zeros, add, axes))
+    kept = closest_to_half(momentum.shape)
+    sums = jax.lax.reduce(operands, zeros, add, tuple(axis for axis in axes if axis != kept))
+    return jnp.stack(sums).reshape(len(operands), -1).sum(axis=1)
+
+
+def closest_to_half(shape: tuple[int, ...]) -> int | None:
+    """The axis that cuts an array into the most equal number of parts and size of a part.
+
+    Returns:
+      None where that is worse than no cut: a part for each element holds as much as the array.
+    """
+    size = math.prod(shape)
+    cuts = [(max(length, size // length), length, axis) for axis, length in enumerate(shape)]
+    _, length, axis = min(cuts)
+    return axis if length**2 <= 4 * size else None
 
 
 def next_gammas(

@@ -27,16 +27,18 @@ class Workload:
     """The model and the batches that compared runs have in common.
 
     Attributes:
-      model: the transformer; its vocabulary is the bytes'.
+      model: the transformer.
       batch_size: sequences in a step.
       curvature_batch: sequences in a curvature estimate.
       update_interval: steps from one estimate to the next.
+      vocab_size: different tokens of the text; 256 bytes by default.
     """
 
     model: ModelConfig = field(default_factory=lambda: MODELS["tiny"])
     batch_size: int = 8
     curvature_batch: int = 4
     update_interval: int = 10
+    vocab_size: int = 256
 
     @property
     def tokens(self) -> int:
@@ -56,7 +58,7 @@ class Workload:
         h = dataclasses.replace(row.tiny, update_interval=self.update_interval)
         run = resolve(config, row, jax.devices()[:1])
         run = dataclasses.replace(run, hyperparameters=h, model=self.model)
-        return run.with_vocabulary(256)
+        return run.with_vocabulary(self.vocab_size)
 
 
 def compiled(run: Run) -> Trainer:

@@ -416,6 +416,11 @@ def ablations() -> str:
 RARE_ROWS = {
     "adamw": "AdamW",
     "paper": "Sophia-G, the paper's rule",
+    "target": "`win_rate_target(0.7)` instead of γ = 0.05",
+    "weighted target": "`win_rate_target(0.8, weighted=True)`",
+    "target 0.05": "`win_rate_target(0.05)`",
+    "global target": "`win_rate_target(0.7)` for all parameters together",
+    "target, floor 1 mean": "`win_rate_target(0.7)`, denominator at least γ times the mean h",
     "adam": "Adam on the embedding",
     "floor 1 mean": "denominator at least γ times the tensor's mean h",
     "floor 0.1 mean": "denominator at least a tenth of that",
@@ -426,25 +431,35 @@ RARE_ROWS = {
 }
 
 
-@table
-def rare_rows() -> str:
-    """The losses of ways to treat rows of the embedding that the curvature has not seen."""
-    rows = {row["variant"]: row for row in read("rare_rows.json")["rows"]}
-    paper = rows["paper"]["loss"]
+def against_the_papers_rule(found: dict[str, Any], *, tied: bool) -> str:
+    """Losses of the variants of `rare_rows.py`, with the share of rows without curvature."""
+    paper = found["paper"]["losses"]
     lines = []
-    for name in (name for name in RARE_ROWS if name in rows):
-        runs = rows[name]["runs"]
-        flat = runs[0].get("flat_of_touched")
+    for name in (name for name in RARE_ROWS if name in found):
+        own, flat = found[name]["losses"], found[name]["flat_of_touched"]
         lines.append(
             [
                 RARE_ROWS[name],
-                None if flat is None else percent(flat),
-                f"{runs[0]['learning_rate']:g}",
-                losses(run["loss"] for run in runs),
-                None if name == "paper" else f"{rows[name]['loss'] - paper:+.3f}",
+                *([] if tied else [percent(mean(flat)) if flat else None]),
+                f"{found[name]['learning_rate']:g}",
+                losses(own),
+                None if name == "paper" else f"{mean(own) - mean(paper):+.3f}",
             ]
         )
-    return markdown(["", "rows", "learning rate", "loss by seed", "change"], lines)
+    columns = ["learning rate", "loss by seed", "change"]
+    return markdown(["", *([] if tied else ["rows"]), *columns], lines)
+
+
+@table
+def rare_rows() -> str:
+    """The losses of ways to treat rows of the embedding that the curvature has not seen."""
+    return against_the_papers_rule(read("rare_rows.json")["results"], tied=False)
+
+
+@table
+def rare_rows_tied() -> str:
+    """Those of a few ways with the embedding as the output matrix."""
+    return against_the_papers_rule(read("rare_rows.json")["tied"], tied=True)
 
 
 def mean_or_diverged(found: Iterable[float | None]) -> str:
@@ -483,6 +498,33 @@ def batch_sizes() -> str:
         cell for batch in batches for cell in (f"{int(batch) * file['context']:,} tokens", "rate")
     ]
     return markdown(["", *header], rows)
+
+
+CURVATURES = {
+    "whole batch": "the whole batch in each estimate",
+    "each step": "an estimate in each step",
+    "whole batch, each step": "the whole batch in each step",
+}
+
+
+@table
+def curvature_parts() -> str:
+    """The losses of Sophia-G in the eigenbasis by what its curvature sees, and of SOAP."""
+    file = read("batch_sizes.json")
+    rows: list[list[str | None]] = []
+    for batch in file["curvatures"]["whole batch"]:
+        tokens = f"{int(batch) * file['context']:,}"
+        own = file["results"]["sophia_g_eigenbasis"][batch]["losses"]
+        rows.append([tokens, "as above", losses(own), None])
+        others = {
+            **{shown: file["curvatures"][name].get(batch) for name, shown in CURVATURES.items()},
+            "SOAP": file["results"]["soap"][batch],
+        }
+        for shown, found in others.items():
+            if found:
+                more = mean(a - b for a, b in zip(found["losses"], own, strict=True))
+                rows.append([tokens, shown, losses(found["losses"]), f"{more:+.3f}"])
+    return markdown(["tokens", "curvature", "loss by seed", "change"], rows)
 
 
 METHODS = {
@@ -560,6 +602,7 @@ SMALL_TASKS = {
     "lm_32_8": "language model, width 32, 8 × 32 bytes",
     "lm_64_8": "language model, width 64, 8 × 32 bytes",
     "lm_32_32": "language model, width 32, 32 × 32 bytes",
+    "lm_tokens": "language model, width 64, 32 × 32 of 8,192 tokens",
     "classes": "digits",
     "vae": "variational autoencoder",
     "pinn": "Poisson's equation",
@@ -633,7 +676,8 @@ def adamw_tunings(row: dict[str, Any]) -> list[float]:
 def described(candidate: dict[str, Any]) -> str:
     """An optimizer and the hyperparameters that a candidate fixes."""
     fixed = candidate["fixed"]
-    scale = f"γ {fixed['gamma']}" if "gamma" in fixed else f"target {fixed['win_rate']}"
+    kind = "weighted target" if candidate["weighted"] else "target"
+    scale = f"γ {fixed['gamma']}" if "gamma" in fixed else f"{kind} {fixed['win_rate']}"
     return f"{NAMES[candidate['optimizer']]}, b1 {fixed['b1']}, {scale}"
 
 

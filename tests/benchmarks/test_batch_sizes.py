@@ -55,3 +55,35 @@ def test_a_run_that_diverged_has_no_loss():
         {"key": {**key, "split": "validation"}, "loss": math.nan},
     ]
     assert summarize(rows) == {"soap": {"8": {"learning_rate": 0.01, "losses": [2.0, None]}}}
+
+
+def test_other_parts_of_the_batch_run_at_the_tuned_rate_and_are_reported_apart(monkeypatch):
+    made = {}
+
+    class Runs:
+        def __init__(self, journal, corpus, run, *, batch, entrant, curvature):
+            assert (batch, entrant) == ("32", "sophia_g_eigenbasis")
+            interval = run.hyperparameters.update_interval
+            made[curvature] = run.config.curvature_batch, interval
+            self.journal, self.names = journal, {"batch": batch, "entrant": entrant}
+            self.names["curvature"] = curvature
+
+        def __call__(self, point, steps, seed, split):
+            key = {**self.names, "seed": seed, "split": split, **point}
+            self.journal.get(key, lambda: {"loss": 1.0})
+
+    monkeypatch.setattr(batch_sizes, "Runs", Runs)
+    journal = Journal(None)
+    key = {"entrant": "sophia_g_eigenbasis", "batch": "32", "split": "validation"}
+    journal.get({**key, "learning_rate": 0.5}, lambda: {"loss": 2.0})
+    batch_sizes.vary_curvature(CONFIG, journal, data.Corpus(*[None] * 3, 256), 32)
+    assert made == {
+        "whole batch": (32, 10),
+        "each step": (4, 1),
+        "whole batch, each step": (32, 1),
+    }
+    of_row = {"learning_rate": 0.5, "losses": [2.0]}
+    assert summarize(journal.rows) == {"sophia_g_eigenbasis": {"32": of_row}}
+    for name in made:
+        found = summarize(journal.rows, name)["sophia_g_eigenbasis"]["32"]
+        assert found == {"learning_rate": 0.5, "losses": [1.0, 1.0]}

@@ -76,7 +76,9 @@ def test_defaults_are_the_documented_ones(alias: Callable[..., Any]) -> None:
         "b1": 0.9,
         "b2": 0.99,
         "eps": 1e-12,
-        "gamma": 0.02 if alias is sophia_optax.sophia_h else sophia_optax.win_rate_target(0.7),
+        "gamma": 0.02
+        if alias is sophia_optax.sophia_h
+        else sophia_optax.win_rate_target(0.8, weighted=True),
         "clip_threshold": 1.0,
         "update_interval": 10,
         "weight_decay": 1e-4,
@@ -110,7 +112,7 @@ def test_the_transform_has_the_same_defaults() -> None:
 
 
 def test_defaults_act_as_their_values() -> None:
-    target = sophia_optax.win_rate_target(0.7)
+    target = sophia_optax.win_rate_target(0.8, weighted=True)
     explicit = sophia_optax.sophia_g(1e-2, 0.9, 0.99, 1e-12, target, 1.0, 10, 1e-4, None)
     chex.assert_trees_all_equal(
         updates_of(explicit, 12), updates_of(sophia_optax.sophia_g(1e-2), 12)

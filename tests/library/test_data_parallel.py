@@ -253,13 +253,16 @@ WHOLE_STEPS = {
 }
 
 
-def target(per_tensor: bool) -> dict[str, Any]:
-    return {"gamma": sophia_optax.win_rate_target(0.6, per_tensor=per_tensor)}
+def target(per_tensor: bool, weighted: bool = False) -> dict[str, Any]:
+    gamma = sophia_optax.win_rate_target(0.6, per_tensor=per_tensor, weighted=weighted)
+    return {"gamma": gamma}
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "a target for each tensor": target(True),
     "one target": target(False),
+    "a weighted target for each tensor": target(True, weighted=True),
+    "one weighted target": target(False, weighted=True),
     "signs and a limit": {
         "gamma": 0.3,
         "absolute_curvature": False,
@@ -299,6 +302,9 @@ def by_jit(option: str) -> Any:
     "style, option",
     [
         ("shard_map, params as shards", "one target"),
+        ("shard_map, params as shards", "one weighted target"),
+        ("shard_map, params as shards", "a weighted target for each tensor"),
+        ("pmap", "a weighted target for each tensor"),
         *((style, "a target for each tensor") for style in WHOLE_STEPS),
         *((style, "signs and a limit") for style in WHOLE_STEPS),
     ],

@@ -141,6 +141,9 @@ OPTIMIZERS = {
     "target": lambda: sophia_optax.sophia_g(
         0.01, gamma=sophia_optax.win_rate_target(0.5), update_interval=2
     ),
+    "weighted target": lambda: sophia_optax.sophia_g(
+        0.01, gamma=sophia_optax.win_rate_target(0.5, weighted=True), update_interval=2
+    ),
     "eigenbasis": lambda: sophia_optax.sophia_h(0.01, update_interval=2, eigenbasis=True),
 }
 each_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)

@@ -205,7 +205,10 @@ def test_an_estimator_communicates_what_its_derivative_does(
 
 
 FIXED_GAMMA = sophia_optax.sophia_g(1e-2, gamma=0.05)
-WIN_RATE_TARGET = sophia_optax.sophia_g(1e-2)
+TARGETS = {
+    name: sophia_optax.sophia_g(1e-2, gamma=sophia_optax.win_rate_target(0.7, weighted=weighted))
+    for name, weighted in {"counted": False, "weighted": True}.items()
+}
 
 
 @functools.cache
@@ -223,12 +226,16 @@ def compiled_update(setup: Setup, tx: Any, refresh: bool | None) -> Any:
     return jitted.lower(setup.params, state, setup.params, setup.params).compile()
 
 
+@pytest.mark.parametrize("kind", TARGETS)
 def test_a_win_rate_target_adds_one_sum_over_the_devices_and_only_in_a_refresh(
-    setup: Setup,
+    setup: Setup, kind: str
 ) -> None:
-    """One of the counts of all leaves, where a fixed γ has the one of the win rate alone."""
-    assert not hlo.collectives(compiled_update(setup, WIN_RATE_TARGET, refresh=False))
-    compiled = compiled_update(setup, WIN_RATE_TARGET, refresh=True)
+    """One of the counts of all leaves, where a fixed γ has the one of the win rate alone.
+
+    If it is weighted, one of the largest momenta of all leaves too.
+    """
+    assert not hlo.collectives(compiled_update(setup, TARGETS[kind], refresh=False))
+    compiled = compiled_update(setup, TARGETS[kind], refresh=True)
     assert set(hlo.collectives(compiled)) <= {"all-reduce"}
     assert not hlo.collectives(compiled, more_than=len(TRIAL_FACTORS) + 2)
     # Where leaves are split over different axes, XLA sums over each of them in turn.
@@ -237,7 +244,7 @@ def test_a_win_rate_target_adds_one_sum_over_the_devices_and_only_in_a_refresh(
         [opcode for opcode, _ in hlo.instructions(program.as_text())].count("all-reduce")
         for program in (compiled, fixed)
     )
-    assert sums <= 2 * sums_of_fixed
+    assert sums <= (3 if kind == "weighted" else 2) * sums_of_fixed
 
 
 def test_a_win_rate_target_moves_a_number_a_device_for_a_count_of_a_large_leaf() -> None:

@@ -21,6 +21,7 @@ from sophia_optax._arrays import numbers
 from sophia_optax._win_rate_target import (
     SMALL,
     TRIAL_FACTORS,
+    closest_to_half,
     quantile_factors,
     unclipped_counts,
 )
@@ -51,11 +52,18 @@ NUMBERS = {
 
 
 def transform(
-    *, per_tensor: bool = False, absolute_curvature: bool = True, **numbers: Any
+    *,
+    per_tensor: bool = False,
+    weighted: bool = False,
+    absolute_curvature: bool = True,
+    **numbers: Any,
 ) -> optax.GradientTransformationExtraArgs:
     numbers = NUMBERS | numbers
     gamma = win_rate_target(
-        numbers.pop("target"), per_tensor=per_tensor, decay=numbers.pop("decay")
+        numbers.pop("target"),
+        per_tensor=per_tensor,
+        decay=numbers.pop("decay"),
+        weighted=weighted,
     )
     return sophia_optax.scale_by_sophia(
         gamma=gamma, absolute_curvature=absolute_curvature, **numbers
@@ -69,7 +77,7 @@ def step_of(tx: Any, state: Any, grads: Any = GRADS, curvature: Any = CURVATURE)
     )
 
 
-@functools.partial(jax.jit, static_argnames=("per_tensor", "absolute_curvature"))
+@functools.partial(jax.jit, static_argnames=("per_tensor", "weighted", "absolute_curvature"))
 def step_with(
     numbers: Any, grads: Any, state: Any, curvature: Any, **flags: bool
 ) -> tuple[Any, Any]:
@@ -127,6 +135,56 @@ def test_per_tensor_gamma_is_the_quantile_of_each(target: float) -> None:
     weights = [SIZES[name] for name in expected]
     mean = np.exp(np.average(np.log(list(expected.values())), weights=weights))
     np.testing.assert_allclose(float(found.gamma), mean, rtol=0.05)
+
+
+def share_of_the_squared_norm(grads: Any, unclipped: Any) -> float:
+    return float(np.sum(np.square(grads, dtype=np.float64) * unclipped) / np.sum(np.square(grads)))
+
+
+@pytest.mark.parametrize("target", [0.3, 0.7])
+@pytest.mark.parametrize("per_tensor", [False, True])
+def test_weighted_by_the_momentum_the_target_is_a_share_of_its_squared_norm(
+    per_tensor: bool, target: float
+) -> None:
+    own = {"target": target, "per_tensor": per_tensor, "b1": 0.0, "update_interval": 1}
+    own["weighted"] = True
+    # The largest coordinate has a hundredth of the squared norm.
+    grads = {"a": lognormal(SIZES["a"], 0.5), "b": 3e-5 * lognormal(SIZES["b"], 0.5)}
+    state = transform(**own).init(grads)
+    for _ in range(4):
+        updates, state = step(state, grads, CURVATURE, **own)
+    unclipped = jax.tree.map(lambda u: np.abs(np.asarray(u)) < 1, updates)
+    found = {name: share_of_the_squared_norm(grads[name], unclipped[name]) for name in grads}
+    # Without a γ of its own, "b" has too small a part of the norm to matter.
+    for name in ("a", "b") if per_tensor else ("a",):
+        assert abs(found[name] - target) < 0.02
+        assert abs(unclipped[name].mean() - target) > 0.05
+
+
+def test_few_large_momenta_set_a_weighted_gamma() -> None:
+    """As those of frequent tokens among a large vocabulary."""
+    rows = np.repeat([1.0, 1e-3], [16, 4 * SMALL - 16]).astype(np.float32)
+    grads = {"w": jnp.asarray(np.tile(np.linspace(1, 2, 4, dtype=np.float32), (rows.size, 1)))}
+    grads = jax.tree.map(lambda g: g * rows[:, None], grads)
+    curvature = {"w": jnp.asarray(np.broadcast_to(rows[:, None] ** 2, (rows.size, 4)))}
+    found = {w: first_gamma(grads, curvature, target=0.5, weighted=w) for w in (False, True)}
+    # m / h of a frequent row is 0.1 to 0.2, that of a rare one a thousand times as large.
+    assert 0.1 <= found[True] <= 0.2
+    assert 50 <= found[False] <= 200
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_nothing_is_derived_through_gamma(weighted: bool) -> None:
+    tx = transform(per_tensor=True, weighted=weighted, b1=0.0)
+
+    def total(scale: Any) -> tuple[Any, Any]:
+        grads = jax.tree.map(lambda g: scale * g, GRADS)
+        updates, _ = tx.update(grads, tx.init(GRADS), hessian_fn=lambda key: CURVATURE)
+        return optax.tree.sum(updates), updates
+
+    derivative, updates = jax.jit(jax.grad(total, has_aux=True))(1.0)
+    own_steps = jax.tree.map(lambda u: jnp.where(jnp.abs(u) < 1, u, 0), updates)
+    np.testing.assert_allclose(derivative, optax.tree.sum(own_steps), rtol=1e-3)
 
 
 def test_per_tensor_gammas_are_those_of_a_transform_for_each() -> None:
@@ -236,10 +294,14 @@ def test_a_rejected_estimate_leaves_gamma(per_tensor: bool) -> None:
     assert int(later.rejected) == 1
 
 
-@pytest.mark.parametrize("per_tensor", [False, True])
+@pytest.mark.parametrize(
+    "per_tensor, weighted", [(False, False), (True, False), (False, True), (True, True)]
+)
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_eight_devices_find_the_gamma_of_one(axis_type: AxisType, per_tensor: bool) -> None:
-    own = {"per_tensor": per_tensor}
+def test_eight_devices_find_the_gamma_of_one(
+    axis_type: AxisType, per_tensor: bool, weighted: bool
+) -> None:
+    own = {"per_tensor": per_tensor, "weighted": weighted}
     mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
     rows = NamedSharding(mesh, PartitionSpec("data"))
     with jax.set_mesh(mesh):
@@ -313,6 +375,29 @@ def test_small_and_large_leaves_are_counted_alike() -> None:
     # A coordinate without momentum, curvature and gradient counts nowhere.
     padded = [np.pad(x, (0, SMALL)) for x in (momentum, curvature, gradient)]
     np.testing.assert_array_equal(small, unclipped_counts(*padded[:2], 0.3, padded[2]))
+    scale = momentum.max()
+    small = unclipped_counts(momentum, curvature, 0.3, gradient, scale)
+    assert small[-1] == pytest.approx(np.sum((momentum / scale) ** 2 * (curvature > 0)), rel=1e-6)
+    for shape in ((-1,), (8, -1)):
+        large = [x.reshape(shape) for x in padded]
+        large = unclipped_counts(*large[:2], 0.3, large[2], scale)
+        np.testing.assert_allclose(large, small, rtol=1e-5)
+
+
+def test_the_weights_of_a_large_leaf_are_not_lost_in_their_sum() -> None:
+    """In float32, one by one, a sum of 2²⁵ weights of 0.81 stays at 2²⁴."""
+    momentum = np.full((2**13, 2**12), 0.9, np.float32)
+    momentum[0, 0] = 1
+    counts = unclipped_counts(momentum, np.ones_like(momentum), 1.0, None, np.float32(1))
+    np.testing.assert_allclose(counts[-1], 0.81 * 2**25, rtol=1e-4)
+    assert counts[-2] >= 2**24
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((50257, 768), 1), ((12, 768, 3072), 2), ((4096,), None), ((4096, 1), 1)]
+)
+def test_a_sum_is_cut_where_neither_part_is_long(shape: tuple[int, ...], axis: int | None) -> None:
+    assert closest_to_half(shape) == axis
 
 
 @pytest.mark.parametrize("size", [0, 1, 32, 33, 97])
@@ -323,7 +408,12 @@ def test_the_numbers_of_a_vector_are_its_elements(size: int) -> None:
 
 MAGNITUDES = st.one_of(st.just(0.0), st.floats(-38, 38).map(lambda exponent: 10.0**exponent))
 each_kind = pytest.mark.parametrize(
-    "per_tensor, absolute_curvature", list(itertools.product((False, True), repeat=2))
+    "per_tensor, absolute_curvature, weighted",
+    [
+        *((*flags, False) for flags in itertools.product((False, True), repeat=2)),
+        (False, True, True),
+        (True, True, True),
+    ],
 )
 
 
@@ -357,12 +447,15 @@ def two_leaves(numbers: Sequence[float]) -> dict[str, jax.Array]:
 def test_gamma_and_updates_are_finite_whatever_gradient_and_curvature_are(
     per_tensor: bool,
     absolute_curvature: bool,
+    weighted: bool,
     gradient: list[float],
     curvature: list[float],
     signs: list[float],
 ) -> None:
     """Hutchinson's estimates have both signs, those of Gauss-Newton-Bartlett one."""
-    run = compiled_run(per_tensor=per_tensor, absolute_curvature=absolute_curvature)
+    run = compiled_run(
+        per_tensor=per_tensor, absolute_curvature=absolute_curvature, weighted=weighted
+    )
     grads = two_leaves(np.multiply(signs, gradient))
     for curvatures in (two_leaves(curvature), two_leaves(np.multiply(signs, curvature))):
         updates, states = run(grads, curvatures, jnp.float32([(1, 1), (-1, 1), (1, 1)]))
@@ -379,11 +472,18 @@ def test_gamma_and_updates_are_finite_whatever_gradient_and_curvature_are(
 @hypothesis.example(gradient=30.0, ratio=0.0, quiet=-60.0)
 @hypothesis.given(gradient=st.floats(-37, 36), ratio=st.floats(-28, 28), quiet=st.floats(-74, 0))
 def test_gamma_is_the_quantile_thirty_refreshes_after_any_quiet_gradient_returns(
-    per_tensor: bool, absolute_curvature: bool, gradient: float, ratio: float, quiet: float
+    per_tensor: bool,
+    absolute_curvature: bool,
+    weighted: bool,
+    gradient: float,
+    ratio: float,
+    quiet: float,
 ) -> None:
     """A refresh moves γ by up to a factor of 1024, so that twenty lead through its whole range."""
     hypothesis.assume(-37 < gradient - ratio < 36)
-    run = compiled_run(per_tensor=per_tensor, absolute_curvature=absolute_curvature)
+    run = compiled_run(
+        per_tensor=per_tensor, absolute_curvature=absolute_curvature, weighted=weighted
+    )
     spread = np.linspace(1, 2, 40)
     grads = {"a": jnp.float32(10.0**gradient * spread), "b": jnp.float32(10.0**gradient * spread)}
     curvature = jax.tree.map(lambda g: jnp.full_like(g, 10.0 ** (gradient - ratio)), grads)
@@ -391,7 +491,8 @@ def test_gamma_is_the_quantile_thirty_refreshes_after_any_quiet_gradient_returns
     scales = np.repeat([1, 10.0 ** (quiet / 2), 1], 30)
     _, states = run(grads, curvature, jnp.float32(np.stack([scales, scales], axis=1)))
     for gamma in np.ravel(states.gamma[-1]):
-        assert abs(np.mean(10.0**ratio * spread < gamma) - 0.5) <= 0.05
+        weights = spread**2 if weighted else np.ones(40)
+        assert abs(np.average(10.0**ratio * spread < gamma, weights=weights) - 0.5) <= 0.06
 
 
 WRAPPERS = {
@@ -452,6 +553,7 @@ def test_counting_holds_no_array() -> None:
     bound = temporaries(0.01) + 512 * 512 // 16
     for per_tensor in (False, True):
         assert temporaries(win_rate_target(0.3, per_tensor=per_tensor)) <= bound
+        assert temporaries(win_rate_target(0.3, per_tensor=per_tensor, weighted=True)) <= bound
 
 
 @pytest.mark.parametrize(
@@ -462,6 +564,7 @@ def test_counting_holds_no_array() -> None:
         (lambda: win_rate_target(0.3, decay=1.0), ValueError, "decay is 1.0"),
         (lambda: win_rate_target("0.3"), TypeError, "target"),
         (lambda: win_rate_target(0.3, per_tensor=1), TypeError, "per_tensor"),
+        (lambda: win_rate_target(0.3, weighted=1), TypeError, "weighted"),
         (lambda: transform(clip_threshold=None), ValueError, "clip_threshold is None"),
         (lambda: sophia_optax.sophia_g(1.0, gamma="high"), TypeError, "gamma"),
     ],

@@ -65,8 +65,8 @@ def test_hyperparameters_are_those_of_the_code() -> None:
     rows = table(README, "Set the hyperparameters")
     described = {name.strip("`"): default for name, default, *_ in rows}
     assert described.pop("learning_rate") == "none"
-    assert g["gamma"].default == sophia_optax.win_rate_target(0.7)
-    target = "`win_rate_target(0.7)`"
+    assert g["gamma"].default == sophia_optax.win_rate_target(0.8, weighted=True)
+    target = "`win_rate_target(0.8, weighted=True)`"
     assert described.pop("gamma") == f"{h['gamma'].default} (H), {target} (G)"
     for name, default in described.items():
         value = ast.literal_eval(default)
