@@ -21,6 +21,7 @@ from examples.lm.__main__ import main
 from examples.lm.config import MODELS, ModelConfig
 from examples.lm.model import Transformer
 from examples.lm.run import resolve
+from sophia_optax._win_rate_target import TRIAL_FACTORS
 from tests import hlo
 
 pytest.importorskip("libtpu", reason="the TPU compiler comes with the extra 'tpu'")
@@ -91,6 +92,7 @@ def squares(params: Any) -> Any:
         # Read once more, for which XLA would keep an estimate that is dear to compute again.
         (squares, {"gamma": sophia_optax.win_rate_target()}),
         (squares, {"gamma": sophia_optax.win_rate_target(per_tensor=False)}),
+        (squares, {"gamma": sophia_optax.win_rate_target(weighted=True)}),
     ],
 )
 def test_the_branch_costs_no_copy_no_temporary_and_no_pass(
@@ -130,11 +132,16 @@ def test_a_sharded_refresh_adds_one_all_reduce_of_scalars(devices: Any, sophia: 
     assert not hlo.collectives(estimate, more_than=1)
 
 
-@pytest.mark.parametrize("per_tensor", [False, True])
-def test_a_win_rate_target_adds_one_more(devices: Any, per_tensor: bool) -> None:
+@pytest.mark.parametrize(
+    "per_tensor, weighted", [(False, False), (True, False), (False, True), (True, True)]
+)
+def test_a_win_rate_target_adds_one_more_and_a_weighted_one_two(
+    devices: Any, per_tensor: bool, weighted: bool
+) -> None:
     sharding = NamedSharding(jax.sharding.Mesh(devices, ("fsdp",)), PartitionSpec("fsdp", None))
+    gamma = sophia_optax.win_rate_target(per_tensor=per_tensor, weighted=weighted)
     compiled = hlo.donated_step(
-        sophia_optax.sophia_g(1e-3, gamma=sophia_optax.win_rate_target(per_tensor=per_tensor)),
+        sophia_optax.sophia_g(1e-3, gamma=gamma),
         PARAMS,
         sharding,
         hessian_fn=squares,
@@ -142,8 +149,8 @@ def test_a_win_rate_target_adds_one_more(devices: Any, per_tensor: bool) -> None
     )
     instructions = hlo.instructions(compiled.as_text())
     sizes = [sizes for opcode, sizes in instructions if opcode in hlo.COLLECTIVES]
-    assert len(sizes) == 2
-    assert max(map(max, sizes)) <= len(devices)
+    assert len(sizes) == (3 if weighted else 2)
+    assert max(map(max, sizes)) <= (len(TRIAL_FACTORS) + 2 if weighted else len(devices))
 
 
 WIDE = ModelConfig(layers=2, width=768, heads=12, context=1024, vocab_size=50257)
