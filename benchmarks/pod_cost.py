@@ -30,6 +30,7 @@ from benchmarks.lib.provenance import RESULTS, commit, provenance
 OPTIMIZERS = ("adamw", "sophia_g", "sophia_h")
 TOPOLOGIES = {4: "v5e:2x2", 16: "v5e:4x4", 64: "v5e:8x8", 256: "v5e:16x16"}
 GB, TERA = 1e9, 1e12
+INTERVAL = 10  # steps from one estimate to the next, as `plan` has it
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def whole(optimizer: str) -> Plan:
 
 
 PLANS = (
-    *(Plan(name) for name in (*OPTIMIZERS, "contrib_sophia")),
+    *(Plan(name) for name in (*OPTIMIZERS, "sophia_g_eigenbasis", "soap", "contrib_sophia")),
     *(whole(name) for name in ("adamw", "contrib_sophia")),
     *(Plan(name, TOPOLOGIES[n]) for n in (256, 4, 64) for name in ("adamw", "sophia_g")),
     Plan("sophia_g", TOPOLOGIES[256], model="gpt2-1.5b"),
@@ -95,6 +96,11 @@ def find(rows: list[dict[str, Any]], plan: Plan) -> dict[str, Any] | None:
     return next((row for row in rows if wanted.items() <= row.items()), None)
 
 
+def moved_bytes(row: dict[str, Any]) -> int:
+    """What the collectives of a step with all refreshes move."""
+    return sum(kind["bytes"] for kind in row["collectives"].values())
+
+
 def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Temporaries and average FLOPs over those of AdamW on the same pod with the same batch."""
     found = []
@@ -102,12 +108,21 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         flags = {f.name: row[f.name] for f in dataclasses.fields(Plan)}
         adamw = find(rows, Plan(**{**flags, "optimizer": "adamw"}))
         if adamw and row is not adamw:
-            over = {f"{key}_over_adamw": row[key] / adamw[key] for key in COMPARED}
+            both = [key for key in COMPARED if key in row and key in adamw]
+            over = {f"{key}_over_adamw": row[key] / adamw[key] for key in both}
+            if row.get("flops_basis_step", row["flops_step"]) != row["flops_step"]:
+                often = row["flops_refresh_step"] - row["flops_step"]
+                often = row["flops_basis_step"] + often / INTERVAL
+                over["flops_basis_in_each_step_over_adamw"] = often / adamw["flops_average"]
+            if row["collectives"]:
+                over["moved_bytes_over_adamw"] = moved_bytes(row) / moved_bytes(adamw)
             found.append({**flags, **over, "fits": row["peak_bytes"] <= row["hbm_bytes"]})
     return found
 
 
-COMPARED = ("temp_bytes", "peak_bytes", "flops_step", "flops_average")
+COMPARED = (
+    "state_bytes", "temp_bytes", "peak_bytes", "flops_step", "flops_average", "compile_seconds",
+)  # fmt: skip
 
 
 def growth(rows: list[dict[str, Any]], optimizer: str) -> Iterator[tuple[int, dict[str, Any]]]:

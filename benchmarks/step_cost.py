@@ -46,7 +46,12 @@ SIZES = {
     "11m": ModelConfig(layers=6, width=384, heads=6, context=128, vocab_size=1024),
     **{name: MODELS[name] for name in ("gpt2-124m", "gpt2-1.5b")},
 }
+WIDTHS = {
+    f"width-{width}": ModelConfig(layers=2, width=width, heads=4, context=128, vocab_size=1024)
+    for width in (64, 128, 256, 512)
+}
 NAMES = ("adamw", "lion", "muon", "contrib_sophia", "sophia_h", "sophia_g")
+TURNED = ("soap", "sophia_g_eigenbasis")
 SOPHIAS = ("contrib_sophia", "sophia_h", "sophia_g")
 TPU = "v5p:2x2x1"  # a chip of it holds params, two moments and gradients of 1.5B params
 BATCH, SHARE, INTERVAL = 16, 16, 10
@@ -64,6 +69,7 @@ class Scope:
       stepped: sizes whose train step is compiled.
       timed_updates: sizes whose update is timed.
       timed_steps: sizes whose train step is timed.
+      timed_widths: names in `WIDTHS` whose train step is timed in the eigenbasis too.
       growth: the size at which probes, batch share and interval vary.
       shares: parts of the batch that an estimate sees, as 1 / these.
       probes: of Sophia-H.
@@ -76,6 +82,7 @@ class Scope:
     stepped: tuple[str, ...] = ("1m", "11m")
     timed_updates: tuple[str, ...] = ("1m", "11m")
     timed_steps: tuple[str, ...] = ("1m",)
+    timed_widths: tuple[str, ...] = tuple(WIDTHS)
     growth: str = "11m"
     shares: tuple[int, ...] = (1, 2, 4, 8, 16)
     probes: tuple[int, ...] = (1, 2, 4)
@@ -84,7 +91,8 @@ class Scope:
 
 QUICK = Scope(
     names=("adamw", "muon", "sophia_h"), compiled=("1m",), counted=("1m",), stepped=("1m",),
-    timed_updates=("1m",), timed_steps=(), growth="1m", shares=(1, 16), probes=(1,), rounds=3,
+    timed_updates=("1m",), timed_steps=(), timed_widths=(), growth="1m", shares=(1, 16),
+    probes=(1,), rounds=3,
 )  # fmt: skip
 
 
@@ -96,6 +104,7 @@ def run(size: str, optimizer: str, share: int = SHARE) -> Run:
         batch_size=BATCH,
         curvature_batch=BATCH // share,
         update_interval=INTERVAL,
+        basis_interval=INTERVAL if optimizer in TURNED else None,
         mesh=MeshConfig(1, 1, 1),
     )
     return resolve(config, devices=jax.devices()[:1])
@@ -218,16 +227,18 @@ def timed_update(size: str, optimizer: str) -> Callable[[], float]:
 
 def timed_step(size: str, optimizer: str) -> Callable[[], float]:
     """Times the train step: the mean over one interval, its refresh included."""
-    model = SIZES[size]
+    model = MODELS[size]
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, model.vocab_size, BATCH * (model.context + 1), np.int32)
     corpus = data.Corpus(tokens, tokens, tokens, model.vocab_size)
     return timing.mean_step(Trainer(run(size, optimizer)), corpus)
 
 
-def timed(scope: Scope, size: str, make: Callable[[str, str], Any]) -> dict[str, Row]:
+def timed(
+    scope: Scope, names: tuple[str, ...], size: str, make: Callable[[str, str], Any]
+) -> dict[str, Row]:
     """Each optimizer's seconds, and the median of their ratio to AdamW's in the same round."""
-    return timing.over_adamw({name: make(size, name) for name in scope.names}, scope.rounds)
+    return timing.over_adamw({name: make(size, name) for name in names}, scope.rounds)
 
 
 # --- the table of all of it -----------------------------------------------------------------------
@@ -237,14 +248,18 @@ def jobs(scope: Scope) -> Iterator[tuple[str, Callable[[], Row]]]:
     """The name of each measurement and how to make it."""
     platforms = ["cpu", *(["tpu"] if importlib.util.find_spec("libtpu") else [])]
     for size in scope.counted:
-        for name in scope.names:
+        for name in (*scope.names, *TURNED):
             yield f"flops/{size}/{name}", functools.partial(step_flops, size, name)
     device = jax.devices()[0].device_kind
     for size in scope.timed_updates:
-        make = functools.partial(timed, scope, size, timed_update)
+        make = functools.partial(timed, scope, scope.names, size, timed_update)
         yield f"seconds/update/{device}/{size}", make
     for size in scope.timed_steps:
-        make = functools.partial(timed, scope, size, timed_step)
+        make = functools.partial(timed, scope, scope.names, size, timed_step)
+        yield f"seconds/step/{device}/{size}", make
+    for size in scope.timed_widths:
+        names = ("adamw", "sophia_g", *TURNED)
+        make = functools.partial(timed, scope, names, size, timed_step)
         yield f"seconds/step/{device}/{size}", make
     for size in scope.stepped:
         for name in scope.names:
@@ -276,6 +291,10 @@ def summary(runs: dict[str, Row]) -> dict[str, Any]:
             adamw = runs.get("/".join([kind, *middle, "adamw"]), row)
             fields = ("flops_average", "passes", "passes_by_xla", "temp_bytes", "peak_bytes")
             out[key] = {f: round(row[f] / adamw[f], 4) for f in fields if f in row}
+            if name in TURNED:
+                more = (1 - 1 / INTERVAL) * (row["flops_basis_step"] - row["flops_step"])
+                often = (row["flops_average"] + more) / adamw["flops_average"]
+                out[key]["flops_average_basis_in_each_step"] = round(often, 4)
         elif kind == "share":
             out[key] = round(row["flops_average"] / row["flops_step"], 4)
         elif kind == "probes":
@@ -298,14 +317,14 @@ def plot(runs: dict[str, Row], scope: Scope, path: Path) -> None:
     figure, grid = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
     sizes = {size: parameter_count(SIZES[size]) for size in SIZES}
     over = summary(runs)
-    colours = {name: f"C{index}" for index, name in enumerate(NAMES)}
+    colours = {name: f"C{index}" for index, name in enumerate((*NAMES, *TURNED))}
 
     def line(axes: Any, name: str, points: list[tuple[float, float]], **style: Any) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", ms=4, color=colours[name], **style)
 
     def by_size(axes: Any, prefix: str, field: str, title: str) -> None:
-        for name in NAMES:
+        for name in (*NAMES, *TURNED):
             found = [(n, over.get(f"{prefix}/{s}/{name}")) for s, n in sizes.items()]
             line(axes, name, [(n, row[field]) for n, row in found if row], label=name)
         axes.set(xscale="log", xlabel="params", title=title)
@@ -336,7 +355,9 @@ def plot(runs: dict[str, Row], scope: Scope, path: Path) -> None:
     for axes in (by_share, by_interval):
         axes.minorticks_off()
 
-    timings = {key: row for key, row in over.items() if key.startswith("seconds/")}
+    timings = {
+        key: row for key, row in over.items() if key.startswith("seconds/") and "width" not in key
+    }
     for index, name in enumerate(scope.names):
         places = [i + 0.13 * (index - 2.5) for i in range(len(timings))]
         heights = [row[name] for row in timings.values()]
@@ -361,7 +382,7 @@ def main() -> None:
     """Measures what is missing and writes the results."""
     quick = "--quick" in sys.argv[1:]
     scope = QUICK if quick else Scope()
-    MODELS.update(SIZES)
+    MODELS.update(SIZES | WIDTHS)
     path = (Path("runs") if quick else RESULTS) / "step_cost.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     runs = json.loads(path.read_text())["runs"] if path.exists() and not quick else {}

@@ -769,6 +769,36 @@ def step_flops() -> str:
 
 
 @table
+def step_flops_in_the_eigenbasis() -> str:
+    """FLOPs of the average step in the eigenbasis by model and by the interval of the bases."""
+    found = read("step_cost.json")["over_adamw"]
+    columns = {
+        f"{NAMES[name]}, {shown}": (name, key)
+        for name in ("sophia_g_eigenbasis", "soap")
+        for shown, key in {
+            "f = 10": "flops_average",
+            "f = 1": "flops_average_basis_in_each_step",
+        }.items()
+    }
+    rows = [
+        [shown, *(f"{found[f'flops/{size}/{name}'][key]:.3f}" for name, key in columns.values())]
+        for size, shown in SIZES.items()
+    ]
+    return markdown(["parameters", *columns], rows)
+
+
+@table
+def step_seconds_by_width() -> str:
+    """Seconds of the train step in the eigenbasis by width."""
+    found = read("step_cost.json")["over_adamw"]
+    keys = [key for key in found if "/width-" in key]
+    names = ("sophia_g", "sophia_g_eigenbasis", "soap")
+    rows = [[NAMES[name], *(f"{found[key][name]:.2f}" for key in keys)] for name in names]
+    widths = [f"width {key.rpartition('-')[2]}" for key in keys]
+    return markdown(["", *widths], rows)
+
+
+@table
 def step_flops_by_interval() -> str:
     """FLOPs of the average step by `update_interval`."""
     found = read("step_cost.json")["over_adamw"]
@@ -835,13 +865,36 @@ def pod_ratios() -> str:
             NAMES[row["optimizer"]],
             f"{row['batch_per_chip']} in {row['accumulate']}",
             f"{row['flops_average_over_adamw']:.3f}",
-            f"{row['temp_bytes_over_adamw']:.3f}",
+            *(f"{row[f'{kind}_bytes_over_adamw']:.3f}" for kind in ("temp", "peak")),
             "yes" if row["fits"] else "no",
         ]
         for row in found
     ]
-    header = ["", "sequences a chip, microbatches", "FLOPs", "temporary memory", "fits"]
-    return markdown(header, rows)
+    columns = ["sequences a chip, microbatches", "FLOPs", "temporary memory", "peak memory", "fits"]
+    return markdown(["", *columns], rows)
+
+
+@table
+def pod_eigenbasis() -> str:
+    """What the eigenbasis costs on sixteen chips, over AdamW."""
+    columns = {
+        "FLOPs, f = 10": "flops_average",
+        "FLOPs, f = 1": "flops_basis_in_each_step",
+        "state": "state_bytes",
+        "peak memory": "peak_bytes",
+        "bytes moved": "moved_bytes",
+        "compilation": "compile_seconds",
+    }
+    found = [
+        row
+        for name in ("sophia_g_eigenbasis", "soap")
+        for row in pods("over_adamw", topology="v5e:4x4", optimizer=name)
+    ]
+    rows = [
+        [NAMES[row["optimizer"]], *(f"{row[f'{key}_over_adamw']:.3f}" for key in columns.values())]
+        for row in found
+    ]
+    return markdown(["", *columns], rows)
 
 
 @table

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ from jax.experimental import topologies
 from rich.console import Console
 from rich.table import Table
 
+import sophia_optax
+
 from . import hlo, mesh
 from .config import MODELS, MeshConfig, TrainConfig, UsageError, lookup
 from .optimizers import OPTIMIZERS
 from .run import Run, resolve
-from .train import Trainer
+from .train import Trainer, states_of
 
 GIB = 2**30
 
@@ -144,23 +147,26 @@ def trainer_of(run: Run, unroll: bool | None = None) -> Trainer:
 
 
 def lowered_step(
-    run: Run, refresh: bool | None = None, unroll: bool | None = None
+    run: Run,
+    refresh: bool | None = None,
+    refresh_basis: bool | None = None,
+    unroll: bool | None = None,
 ) -> tuple[Trainer, Any]:
     """The run's own training step, traced for its mesh."""
     trainer = trainer_of(run, unroll)
-    return trainer, traced(trainer, refresh)
+    return trainer, traced(trainer, refresh, refresh_basis)
 
 
-def traced(trainer: Trainer, refresh: bool | None = None) -> Any:
+def traced(trainer: Trainer, refresh: bool | None = None, refresh_basis: bool | None = None) -> Any:
     """A trainer's step before compilation."""
     run = trainer.run
     shape = run.config.batch_size, run.model.context + 1
     batch = jax.ShapeDtypeStruct(shape, np.int32, sharding=mesh.batch_sharding(run.mesh))
-    return trainer.lower(trainer.abstract_sharded_state(), batch, refresh)
+    return trainer.lower(trainer.abstract_sharded_state(), batch, refresh, refresh_basis)
 
 
 @functools.cache
-def flops(run: Run, refresh: bool | None = None) -> float:
+def flops(run: Run, refresh: bool | None = None, refresh_basis: bool | None = None) -> float:
     """XLA's count for a step over all chips; of a branch it counts the costlier side.
 
     It counts a loop's body once, so layers and microbatches are laid out flat for it, on one
@@ -171,21 +177,49 @@ def flops(run: Run, refresh: bool | None = None) -> float:
         config=dataclasses.replace(run.config, accumulate=1),
         mesh=mesh.make_mesh(MeshConfig(1, 1, 1), jax.devices("cpu")[:1]),
     )
-    return lowered_step(flat, refresh, unroll=True)[1].cost_analysis()["flops"]
+    lowered = lowered_step(flat, refresh, refresh_basis, unroll=True)[1]
+    return lowered.cost_analysis()["flops"]
+
+
+def bases_of(run: Run) -> list[Any]:
+    """The eigenbases in a run's state, as shapes `[..., n, n]`."""
+    states = states_of(sophia_optax.InEigenbasisState, trainer_of(run).abstract_state.opt_state)
+    bases = [basis for state in states for basis in state.bases if hasattr(basis, "left_basis")]
+    sides = [side for basis in bases for side in (basis.left_basis, basis.right_basis)]
+    return [side for side in sides if side is not None]
+
+
+def qr_flops(bases: list[Any]) -> float:
+    """Those of Householder's QR with its Q, of which XLA counts a loop's body or nothing at all."""
+    return sum(8 / 3 * math.prod(basis.shape) * basis.shape[-1] for basis in bases)
 
 
 def step_flops(run: Run) -> dict[str, float]:
-    """Those of a step over all chips, without and with a refresh and on average."""
-    plain = refresh = flops(run)
+    """Those of a step over all chips.
+
+    Returns:
+      `flops_step` of a step that refreshes nothing; `flops_refresh_step` of one that estimates the
+      curvature; `flops_basis_step` of one that refreshes eigenbases, of which QR's are the
+      textbook's; and `flops_average`.
+    """
+    bases = bases_of(run)
+    fixed = {"refresh_basis": False} if bases else {}
+    plain = refresh = flops(run, **fixed)
     if run.optimizer.curvature and trainer_of(run).is_sophia:
-        plain = flops(run, refresh=False)
+        plain = flops(run, refresh=False, **fixed)
     elif run.optimizer.curvature:  # what AdamW itself computes is nothing compared with a gradient
         plain = flops(dataclasses.replace(run, optimizer=OPTIMIZERS["adamw"]))
-    interval = run.hyperparameters.update_interval
+    h = run.hyperparameters
+    basis, average = plain, plain + (refresh - plain) / h.update_interval
+    if bases:
+        off = False if run.optimizer.curvature else None
+        basis = flops(run, refresh=off, refresh_basis=True) + qr_flops(bases)
+        average += (basis - plain) / (h.basis_interval or 1)
     return {
         "flops_step": plain,
         "flops_refresh_step": refresh,
-        "flops_average": plain + (refresh - plain) / interval,
+        "flops_basis_step": basis,
+        "flops_average": average,
     }
 
 
@@ -216,7 +250,9 @@ def peak_bytes(program: Any) -> int:
 def cost(run: Run, memory: int) -> dict[str, Any]:
     """One optimizer's numbers, per chip. Those of a program that does not fit are its needs."""
     trainer, lowered = lowered_step(run)
+    start = time.process_time()
     program, temporaries = compile_or_need(lowered)
+    compile_seconds = time.process_time() - start
     state = trainer.abstract_sharded_state()
     params, opt_state = shard_bytes(state.params), shard_bytes(state.opt_state)
     peak = params + opt_state + temporaries
@@ -231,6 +267,7 @@ def cost(run: Run, memory: int) -> dict[str, Any]:
         "hbm_bytes": memory,
         **{name: count / run.mesh.size for name, count in step_flops(run).items()},
         "collectives": hlo.collective_traffic(program.as_text()) if program else {},
+        "compile_seconds": round(compile_seconds, 1),
     }
 
 
@@ -314,7 +351,7 @@ def table(runs: dict[str, Run], costs: dict[str, dict[str, Any]], config: PlanCo
         sizes = (f"{row[f'{key}_bytes'] / GIB:.3f} GiB" for row in costs.values())
         out.add_row({"temp": "temporaries", "hbm": "memory"}.get(key, key), *sizes)
     out.add_section()
-    for key in ("step", "refresh_step", "average"):
+    for key in ("step", "refresh_step", "basis_step", "average"):
         flops = (f"{row[f'flops_{key}'] / 1e12:.3f} TFLOP" for row in costs.values())
         out.add_row(key.replace("_", " "), *flops)
     shares = (f"{100 * (r['flops_average'] / r['flops_step'] - 1):.2f} %" for r in costs.values())
@@ -327,4 +364,6 @@ def table(runs: dict[str, Run], costs: dict[str, dict[str, Any]], config: PlanCo
             known = row["peak_bytes"] <= row["hbm_bytes"]
             cells.append(f"{moved['count']} x, {moved['bytes'] / 1e6:.1f} MB" if known else "?")
         out.add_row(kind, *cells)
+    out.add_section()
+    out.add_row("compilation, CPU", *(f"{row['compile_seconds']:.0f} s" for row in costs.values()))
     return out

@@ -76,7 +76,7 @@ class Trainer:
         )
         self._step = jax.jit(
             self.train_step,
-            static_argnums=3,
+            static_argnums=(3, 4),
             donate_argnums=0,
             in_shardings=(self.shardings, batch, replicated),
             out_shardings=(self.shardings, replicated),
@@ -108,9 +108,15 @@ class Trainer:
         params = nnx.state(Transformer(self.run.model, nnx.Rngs(params=key)), nnx.Param)
         return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer({})[0].init(params))
 
-    def lower(self, state: TrainState, batch: jax.Array, refresh: bool | None) -> Any:
+    def lower(
+        self,
+        state: TrainState,
+        batch: jax.Array,
+        refresh: bool | None,
+        refresh_basis: bool | None = None,
+    ) -> Any:
         """The step before compilation, for shapes instead of arrays."""
-        return self._step.lower(state, batch, self.point, refresh)
+        return self._step.lower(state, batch, self.point, refresh, refresh_basis)
 
     def abstract_sharded_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state: what a checkpoint is read into."""
@@ -179,6 +185,7 @@ class Trainer:
         batch_BxL: jax.Array,
         point: dict[str, jax.Array],
         refresh: bool | None = None,
+        refresh_basis: bool | None = None,
     ) -> tuple[TrainState, Metrics]:
         """One step of the optimizer, with one curvature estimate where it is due.
 
@@ -187,6 +194,7 @@ class Trainer:
           batch_BxL: windows.
           point: hyperparameters, the number of steps and the seed; the run's own where left out.
           refresh: whether the curvature is estimated; None decides on the device.
+          refresh_basis: whether an eigenbasis is refreshed; None decides on the device.
         """
         tx, schedule = self.optimizer(point)
         key = self.dropout_key(state.step, point)
@@ -197,6 +205,8 @@ class Trainer:
             estimator = self.run.optimizer.curvature.estimator
             hessian_fn = estimator(self.forward, state.params, part)
             extra_args = {"hessian_fn": hessian_fn, "refresh": refresh}
+        if refresh_basis is not None:
+            extra_args["refresh_basis"] = refresh_basis
         updates, opt_state = tx.update(grads, state.opt_state, state.params, **extra_args)
         metrics = {
             "loss": loss,
@@ -238,11 +248,15 @@ class Trainer:
         hosts.meet()
 
 
+def states_of(kind: type, opt_state: optax.OptState) -> list[Any]:
+    """The states of a kind in an optimizer's state."""
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kind))
+    return [node for node in nodes if isinstance(node, kind)]
+
+
 def has_sophia(opt_state: optax.OptState) -> bool:
     """Whether an optimizer's state has the library's in it."""
-    sophia = sophia_optax.ScaleBySophiaState
-    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, sophia))
-    return any(isinstance(node, sophia) for node in nodes)
+    return bool(states_of(sophia_optax.ScaleBySophiaState, opt_state))
 
 
 def traced_values(run: Run) -> dict[str, jax.Array]:

@@ -4,6 +4,7 @@ Nothing here needs the TPU compiler; a plan from end to end is in test_tpu_cost.
 """
 
 import contextlib
+import dataclasses
 import json
 
 import jax
@@ -227,6 +228,27 @@ def test_a_step_off_a_refresh_costs_what_a_gradient_does_and_a_refresh_its_share
         assert small_flops(optimizer) - gradient <= 1.3 * gradients * gradient / 16
 
 
+@pytest.mark.parametrize("optimizer", ["sophia_g_eigenbasis", "soap"])
+def test_a_refresh_of_the_bases_is_counted_at_its_own_interval(optimizer):
+    config = plan.PlanConfig(model="small", batch_per_chip=16)
+    config = dataclasses.replace(plan.run_config(config, optimizer, 1), basis_interval=4)
+    run = resolve(config, devices=jax.devices()[:1])
+    found = plan.step_flops(run)
+    plain, basis = found["flops_step"], found["flops_basis_step"]
+    estimates = found["flops_refresh_step"] - plain
+    assert (estimates > 0) == (optimizer != "soap")
+    assert found["flops_average"] == plain + estimates / 10 + (basis - plain) / 4
+    # QR and a product for each basis, and two products for each side of the momentum.
+    sizes = [64] * 12 * SMALL.layers  # blocks on the sides of the matrices of a layer
+    assert basis - plain >= sum((8 / 3 + 2) * n**3 for n in sizes)
+    assert plan.qr_flops(plan.bases_of(run)) >= sum(8 / 3 * n**3 for n in sizes)
+
+
+def test_qr_has_the_flops_of_the_textbook():
+    stack = jax.ShapeDtypeStruct((2, 3, 64, 64), jnp.float32)
+    assert plan.qr_flops([stack]) == pytest.approx(6 * 8 / 3 * 64**3)
+
+
 # --- what does not fit ----------------------------------------------------------------------------
 
 TOO_LARGE = {"peak_bytes": 20 * plan.GIB, "temp_bytes": 16 * plan.GIB, "hbm_bytes": 13 * plan.GIB}
@@ -288,7 +310,8 @@ def unoptimized():
 
 KEYS = [
     "params_bytes", "state_bytes", "temp_bytes", "peak_bytes", "hbm_bytes", "flops_step",
-    "flops_refresh_step", "flops_average", "collectives",
+    "flops_refresh_step", "flops_basis_step", "flops_average", "collectives",
+    "compile_seconds",
 ]  # fmt: skip
 ARGUMENTS = ["plan", "--model", "small", "--batch-per-chip", "4", "--accumulate", "2"]
 
@@ -316,8 +339,8 @@ def test_a_program_that_the_compiler_refuses_is_answered_in_one_line(
 ):
     real = plan.lowered_step
 
-    def refused(run, refresh=None, unroll=False):
-        trainer, lowered = real(run, refresh, unroll)
+    def refused(run, refresh=None, refresh_basis=None, unroll=False):
+        trainer, lowered = real(run, refresh, refresh_basis, unroll)
         message = "RESOURCE_EXHAUSTED: HLO temporaries (1.50G) exceed available HBM (1.00G)."
         return trainer, lowered if unroll else DoesNotFit(message)
 
