@@ -25,12 +25,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from benchmarks.lib.programs import flops_with_bases_in_each_step
 from benchmarks.lib.provenance import RESULTS, commit, provenance
+from examples.lm.plan import PlanConfig
 
 OPTIMIZERS = ("adamw", "sophia_g", "sophia_h")
 TOPOLOGIES = {4: "v5e:2x2", 16: "v5e:4x4", 64: "v5e:8x8", 256: "v5e:16x16"}
 GB, TERA = 1e9, 1e12
-INTERVAL = 10  # steps from one estimate to the next, as `plan` has it
 
 
 @dataclass(frozen=True)
@@ -111,8 +112,7 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             both = [key for key in COMPARED if key in row and key in adamw]
             over = {f"{key}_over_adamw": row[key] / adamw[key] for key in both}
             if row.get("flops_basis_step", row["flops_step"]) != row["flops_step"]:
-                often = row["flops_refresh_step"] - row["flops_step"]
-                often = row["flops_basis_step"] + often / INTERVAL
+                often = flops_with_bases_in_each_step(row, PlanConfig().update_interval)
                 over["flops_basis_in_each_step_over_adamw"] = often / adamw["flops_average"]
             if row["collectives"]:
                 over["moved_bytes_over_adamw"] = moved_bytes(row) / moved_bytes(adamw)

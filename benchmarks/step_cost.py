@@ -292,9 +292,9 @@ def summary(runs: dict[str, Row]) -> dict[str, Any]:
             fields = ("flops_average", "passes", "passes_by_xla", "temp_bytes", "peak_bytes")
             out[key] = {f: round(row[f] / adamw[f], 4) for f in fields if f in row}
             if name in TURNED:
-                more = (1 - 1 / INTERVAL) * (row["flops_basis_step"] - row["flops_step"])
-                often = (row["flops_average"] + more) / adamw["flops_average"]
-                out[key]["flops_average_basis_in_each_step"] = round(often, 4)
+                often = programs.flops_with_bases_in_each_step(row, INTERVAL)
+                over = round(often / adamw["flops_average"], 4)
+                out[key]["flops_average_basis_in_each_step"] = over
         elif kind == "share":
             out[key] = round(row["flops_average"] / row["flops_step"], 4)
         elif kind == "probes":

@@ -16,7 +16,7 @@ all-reduce, while it gathers each output of the reduction with many.
 
 Weighted by the momentum, the counts are sums of m², which keep γ from being set by the many
 coordinates that hardly move. A first pass finds the largest |m|, so that no square overflows. XLA
-for CPU adds floats one by one: 13 ns a coordinate and refresh, instead of 1 ns for a count.
+for CPU adds floats one by one, so a refresh takes longer there than with counts.
 
 Only coordinates with a momentum and with positive curvature count: no γ changes the step of the
 others. A parameter without any keeps its γ, and so does one whose whole gradient is zero: γ would

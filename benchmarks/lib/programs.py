@@ -128,3 +128,13 @@ def product_flops(jaxpr: Any) -> int:
 def _code(x: Any) -> bool:
     """Whether this is a jaxpr."""
     return hasattr(x, "eqns") or hasattr(getattr(x, "jaxpr", None), "eqns")
+
+
+def flops_with_bases_in_each_step(row: dict[str, float], interval: int) -> float:
+    """The average step's, if it refreshed the eigenbases each time.
+
+    Args:
+      row: what `examples.lm.plan.step_flops` returned.
+      interval: steps from one estimate of the curvature to the next.
+    """
+    return row["flops_basis_step"] + (row["flops_refresh_step"] - row["flops_step"]) / interval

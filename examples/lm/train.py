@@ -30,10 +30,8 @@ class TrainState(NamedTuple):
 def few_layers_on_cpu(run: Run) -> bool:
     """Whether a loop over the layers costs more than it saves.
 
-    XLA for CPU copies a layer's params and activations at each turn of the loop. On two cores a
-    step of the tiny model, of two layers, is 12 to 21 % faster without the loop and takes no longer
-    to compile. That of the model of five layers is not faster and takes 1.3 to 1.5 times as long to
-    compile.
+    A step of the tiny model, of two layers, is faster without the loop and takes no longer to
+    compile. That of the model of five layers is not faster and takes longer to compile.
     """
     return run.mesh.devices.flat[0].platform == "cpu" and run.model.layers <= 2
 
