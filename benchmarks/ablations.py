@@ -39,7 +39,7 @@ from benchmarks.lib.tables import NAMES
 from benchmarks.lm_race import QUICK, REGIMES, raced
 from examples.lm import data
 from examples.lm.model import parameter_count
-from examples.lm.optimizers import MUON_MATRICES, Optimizer, basis_options, matrix_axes, sophia
+from examples.lm.optimizers import MUON_MATRICES, Optimizer, matrix_axes, sophia
 from examples.lm.tune import Point
 
 REGIME = REGIMES["small"]
@@ -144,8 +144,10 @@ class Change:
     def row(self) -> Optimizer:
         """The raced row with this change."""
 
-        def build(h: Any, schedule: optax.Schedule) -> optax.GradientTransformation:
-            basis = {**basis_options(h), **self.basis}
+        def build(
+            h: Any, schedule: optax.Schedule, eigenbasis: Mapping[str, Any]
+        ) -> optax.GradientTransformation:
+            basis = {**eigenbasis, **self.basis}
             make = functools.partial(sophia_optax.sophia_g, eigenbasis=basis, **self.options)
             tx = sophia(make, h, schedule)
             return with_sampled_basis(tx, basis) if self.sampled else tx

@@ -154,7 +154,7 @@ def transformation(size: str, optimizer: str) -> Any:
     """The optimizer without the clipping of gradients, which all of them share."""
     row = OPTIMIZERS[optimizer]
     h = dataclasses.replace(row.large, update_interval=INTERVAL)
-    return row.build(h, lambda count: h.learning_rate)
+    return row.transformation(h, lambda count: h.learning_rate)
 
 
 def step_flops(size: str, optimizer: str, share: int = SHARE) -> Row:

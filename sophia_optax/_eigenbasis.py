@@ -20,20 +20,22 @@ does not converge on factors whose eigenvalues spread over two decades or more
 
 All of it is float32, or wider, at the highest precision of the matrix products: the bases are
 reported to be wrong with TF32 and bfloat16 products.
+
+XLA for TPU needs seconds to compile one such product, and two seconds for each matrix of a batch
+that QR takes. So on TPUs the products run in loops over the tiles that the blocks cut a matrix
+into, and QR in a loop over parts of a batch. No loop may run over an axis that is sharded, so there
+are loops only where the layout is known: with a `stack_sharding`, or under Explicit axes.
 """
 
-import dataclasses
-import itertools
-import math
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from sophia_optax import _arrays
+from sophia_optax import _arrays, _manual_axes
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -54,138 +56,97 @@ class Basis(NamedTuple):
     right_basis: Float[Array, "s j b b"] | None
 
 
-@dataclasses.dataclass(frozen=True)
-class MatrixView:
-    """How an array is read as a stack of matrices whose sides are cut into blocks.
-
-    Attributes:
-      permutation: the order of the axes: those of the stack, of the rows, of the columns.
-      stack_axes: how many of them are stacked.
-      shape: of the array.
-      view: `[stack, left blocks, left block, right blocks, right block]`.
-      turns_left: whether the rows have a basis.
-      turns_right: whether the columns have a basis.
-    """
-
-    permutation: tuple[int, ...]
-    stack_axes: int
-    shape: tuple[int, ...]
-    view: tuple[int, int, int, int, int]
-    turns_left: bool
-    turns_right: bool
-
-    def matrices(self, x: Array) -> Float[Array, "s i a j b"]:
-        """Views an array as matrices in blocks, in float32 at least."""
-        # Under Explicit axes, sharded over the stack where that divides, so that nothing else is
-        # communicated until `array`; otherwise every device has all of them.
-        wide = x.astype(_arrays.at_least_float32(x.dtype))
-        whole = _arrays.reshard(wide, PartitionSpec())
-        return self.sharded(whole.transpose(self.permutation).reshape(self.view), x)
-
-    def array(self, matrices: Float[Array, "s i a j b"], like: Array) -> Array:
-        """Undoes `matrices`, but for the dtype, in the sharding of the array."""
-        whole = _arrays.reshard(matrices, PartitionSpec())
-        transposed = whole.reshape([self.shape[axis] for axis in self.permutation])
-        inverse = sorted(range(len(self.permutation)), key=self.permutation.__getitem__)
-        sharding = _arrays.explicit_sharding(like)
-        spec = PartitionSpec() if sharding is None else sharding.spec
-        return _arrays.reshard(transposed.transpose(inverse), spec)
-
-    def sharded(self, stack: Array, like: Any) -> Array:
-        """Shards a stack over the mesh axes of an array, where it divides."""
-        sharding = _arrays.explicit_sharding(like)
-        if sharding is None:
-            return stack
-        names = [name for axes in sharding.spec if axes is not None for name in _tuple(axes)]
-        divides = self.view[0] % math.prod(sharding.mesh.shape[name] for name in names) == 0
-        spec = PartitionSpec(tuple(names)) if names and divides else PartitionSpec()
-        return jax.sharding.reshard(stack, NamedSharding(sharding.mesh, spec))
-
-    def init(self, like: Any) -> Basis:
-        """Zero factors, and the identity as bases."""
-        stack, left_blocks, left, right_blocks, right = self.view
-        dtype = _arrays.at_least_float32(like.dtype)
-
-        def factor(turns: bool, blocks: int, size: int) -> Array | None:
-            if not turns:
-                return None
-            return self.sharded(jnp.zeros((stack, blocks, size, size), dtype), like)
-
-        def identity(turns: bool, blocks: int, size: int) -> Array | None:
-            if not turns:
-                return None
-            eye = jnp.broadcast_to(jnp.eye(size, dtype=dtype), (stack, blocks, size, size))
-            return self.sharded(jnp.array(eye), like)
-
-        return Basis(
-            left=factor(self.turns_left, left_blocks, left),
-            right=factor(self.turns_right, right_blocks, right),
-            left_basis=identity(self.turns_left, left_blocks, left),
-            right_basis=identity(self.turns_right, right_blocks, right),
-        )
-
-    def turn(self, basis: Basis, x: Array) -> Array:
-        """Q_Lᵀ x Q_R."""
-        z = self.matrices(x)
-        if basis.left_basis is not None:
-            z = _einsum("siajb,siac->sicjb", z, basis.left_basis)
-        if basis.right_basis is not None:
-            z = _einsum("siajb,sjbc->siajc", z, basis.right_basis)
-        return self.array(z, x)
-
-    def above_rounding(self, z: Array) -> Array:
-        """Whether turned numbers are more than the rounding of the products that turned them."""
-        # In the array's own shape and sharding: no more than the norms is communicated.
-        wide = z.astype(_arrays.at_least_float32(z.dtype))
-        axes = self.permutation[self.stack_axes :]
-        norm = jnp.sqrt(jnp.sum(jnp.square(wide), axis=axes, keepdims=True))
-        rounding = 16 * jnp.finfo(wide.dtype).eps * jnp.where(jnp.isfinite(norm), norm, 0.0)
-        return jnp.abs(wide) >= rounding
-
-    def back(self, basis: Basis, z: Array) -> Array:
-        """Q_L z Q_Rᵀ."""
-        x = self.matrices(z)
-        if basis.left_basis is not None:
-            x = _einsum("siajb,sica->sicjb", x, basis.left_basis)
-        if basis.right_basis is not None:
-            x = _einsum("siajb,sjcb->siajc", x, basis.right_basis)
-        return self.array(x, z)
-
-    def observe(self, basis: Basis, g: Array, decay: Any) -> tuple[Basis, Bool[Array, ""]]:
-        """Averages the products of a gradient into the factors.
-
-        Args:
-          basis: the factors before.
-          g: the gradient.
-          decay: β.
-
-        Returns:
-          The new factors, and whether the gradient's squares are finite; the old factors if not.
-        """
-        x = self.matrices(g)
-        products = Basis(
-            left=None if basis.left is None else _einsum("siajb,sicjb->siac", x, x),
-            right=None if basis.right is None else _einsum("siajb,siajc->sjbc", x, x),
-            left_basis=None,
-            right_basis=None,
-        )
-        # Each trace is the sum of the squares of the whole gradient.
-        one = products.left if products.left is not None else products.right
-        assert one is not None
-        finite = jnp.isfinite(jnp.trace(one, axis1=-2, axis2=-1).sum())
-
-        def average(factor: Array | None, product: Array | None) -> Array | None:
-            if factor is None or product is None:
-                return None
-            return jnp.where(finite, decay * factor + (1 - decay) * product, factor)
-
-        left, right = average(basis.left, products.left), average(basis.right, products.right)
-        return basis._replace(left=left, right=right), finite
+def turn(basis: Basis, x: Float[Array, "s i a j b"], by_tiles: bool) -> Array:
+    """Q_Lᵀ x Q_R; on TPUs `by_tiles` in a loop over these."""
+    return _of_tiles(_turn, basis, x) if by_tiles else _turn(basis, x)
 
 
-def _tuple(axes: str | tuple[str, ...]) -> tuple[str, ...]:
-    """The names of the mesh axes of one dimension."""
-    return (axes,) if isinstance(axes, str) else axes
+def turn_back(basis: Basis, z: Float[Array, "s i a j b"], by_tiles: bool) -> Array:
+    """Q_L z Q_Rᵀ, as `turn`."""
+    return _of_tiles(_turn_back, basis, z) if by_tiles else _turn_back(basis, z)
+
+
+def _turn(basis: Basis, x: Float[Array, "s i a j b"]) -> Array:
+    if basis.left_basis is not None:
+        x = _einsum("siajb,siac->sicjb", x, basis.left_basis)
+    if basis.right_basis is not None:
+        x = _einsum("siajb,sjbc->siajc", x, basis.right_basis)
+    return x
+
+
+def _turn_back(basis: Basis, z: Float[Array, "s i a j b"]) -> Array:
+    if basis.left_basis is not None:
+        z = _einsum("siajb,sica->sicjb", z, basis.left_basis)
+    if basis.right_basis is not None:
+        z = _einsum("siajb,sjcb->siajc", z, basis.right_basis)
+    return z
+
+
+def _of_tiles(
+    function: Callable[[Basis, Array], Array], basis: Basis, x: Float[Array, "s i a j b"]
+) -> Array:
+    """A turn; on TPUs of one tile after another."""
+    _, rows, _, columns, _ = x.shape
+    if rows == columns == 1:
+        return function(basis, x)
+
+    def one_by_one(basis: Basis, x: Array) -> Array:
+        def body(number: Any, result: Array) -> Array:
+            i, j = divmod(number, columns)
+            turned = function(_blocks(basis, i, j), _tile(x, i, j))
+            return jax.lax.dynamic_update_slice(result, turned, (0, i, 0, j, 0))
+
+        start = _manual_axes.vary_like(x, jax.eval_shape(function, basis, x))
+        return jax.lax.fori_loop(0, rows * columns, body, start)
+
+    return jax.lax.platform_dependent(basis, x, tpu=one_by_one, default=function)
+
+
+def products(basis: Basis, x: Float[Array, "s i a j b"], by_tiles: bool) -> Basis:
+    """X xᵀ and xᵀ x for the sides that have a factor; on TPUs `by_tiles` in a loop over these."""
+    _, rows, _, columns, _ = x.shape
+    if rows == columns == 1 or not by_tiles:
+        return _products(basis, x)
+
+    def one_by_one(basis: Basis, x: Array) -> Basis:
+        def body(number: Any, sums: Basis) -> Basis:
+            i, j = divmod(number, columns)
+            new = _products(basis, _tile(x, i, j))
+            added = jax.tree.map(jnp.add, _blocks(sums, i, j), new)
+            write = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
+            return jax.tree.map(write, sums, added, _places(sums, i, j))
+
+        zeros = _arrays.zeros_of(jax.eval_shape(_products, basis, x))
+        return jax.lax.fori_loop(0, rows * columns, body, zeros)
+
+    return jax.lax.platform_dependent(basis, x, tpu=one_by_one, default=_products)
+
+
+def _products(basis: Basis, x: Float[Array, "s i a j b"]) -> Basis:
+    return Basis(
+        left=None if basis.left is None else _einsum("siajb,sicjb->siac", x, x),
+        right=None if basis.right is None else _einsum("siajb,siajc->sjbc", x, x),
+        left_basis=None,
+        right_basis=None,
+    )
+
+
+def _tile(x: Float[Array, "s i a j b"], i: Any, j: Any) -> Float[Array, "s 1 a 1 b"]:
+    """One tile of each matrix."""
+    row = jax.lax.dynamic_slice_in_dim(x, i, 1, axis=1)
+    return jax.lax.dynamic_slice_in_dim(row, j, 1, axis=3)
+
+
+def _blocks(basis: Basis, i: Any, j: Any) -> Basis:
+    """The factors and bases of one tile."""
+    take = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=1, axis=1)
+    return jax.tree.map(take, basis, _places(basis, i, j))
+
+
+def _places(basis: Basis, i: Any, j: Any) -> Basis:
+    """The number of a tile's block among those of each side that there is."""
+    sides = zip(basis, (i, j, i, j), strict=True)
+    return Basis(*(None if side is None else place for side, place in sides))
 
 
 def _einsum(spec: str, x: Array, y: Array) -> Array:
@@ -193,42 +154,42 @@ def _einsum(spec: str, x: Array, y: Array) -> Array:
     return jnp.einsum(spec, x, y, precision=_HIGHEST)
 
 
-def refreshed(bases: Sequence[Basis]) -> tuple[Basis, ...]:
-    """Takes one step of power iteration for each basis.
-
-    Blocks of one size in stacks of one length share a QR decomposition: XLA for TPU needs 20 CPU
-    seconds to compile one for 32 or more matrices of 256 x 256, and no more for hundreds.
+def power_step(
+    factor: Float[Array, "s i a a"], basis: Float[Array, "s i a a"], at_once: int
+) -> Array:
+    """orth(factor @ basis), or the basis where the factor is zero or the new one not finite.
 
     Args:
-      bases: factors and bases of each parameter.
+      factor: the factors.
+      basis: the bases before.
+      at_once: how many blocks to take at once on TPUs, or fewer if they do not divide; at least
+        one.
 
     Returns:
-      The same factors with new bases. A block whose factor is zero, or whose new basis is not
-      finite, keeps its basis.
+      The new bases.
     """
-    factors = jax.tree.leaves([(basis.left, basis.right) for basis in bases])
-    old, treedef = jax.tree.flatten([(basis.left_basis, basis.right_basis) for basis in bases])
-    groups: dict[Any, list[int]] = {}
-    for index, factor in enumerate(factors):
-        stack, _, size, _ = factor.shape
-        sharding = _arrays.explicit_sharding(factor)
-        kind = stack, size, factor.dtype, sharding and sharding.spec
-        groups.setdefault(kind, []).append(index)
-    new = [*old]
-    for members in groups.values():
-        together = jnp.concatenate([factors[i] for i in members], axis=1)
-        moved = _power_step(together, jnp.concatenate([old[i] for i in members], axis=1))
-        ends = itertools.accumulate(factors[i].shape[1] for i in members)
-        for i, part in zip(members, jnp.split(moved, [*ends][:-1], axis=1), strict=True):
-            new[i] = part
-    return tuple(
-        basis._replace(left_basis=left, right_basis=right)
-        for basis, (left, right) in zip(bases, treedef.unflatten(new), strict=True)
-    )
+    blocks = factor.shape[1]
+    width = next(n for n in range(min(max(at_once, 1), blocks), 0, -1) if blocks % n == 0)
+    if width == blocks:
+        return _power_step(factor, basis)
+
+    def in_turns(factor: Array, basis: Array) -> Array:
+        def body(number: Any, result: Array) -> Array:
+            start = number * width
+            take = functools.partial(
+                jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=width, axis=1
+            )
+            new = _power_step(take(factor), take(basis))
+            return jax.lax.dynamic_update_slice_in_dim(result, new, start, axis=1)
+
+        start = _manual_axes.vary_like(basis, jax.eval_shape(_power_step, factor, basis))
+        return jax.lax.fori_loop(0, blocks // width, body, start)
+
+    return jax.lax.platform_dependent(factor, basis, tpu=in_turns, default=_power_step)
 
 
 def _power_step(factor: Float[Array, "s i a a"], basis: Float[Array, "s i a a"]) -> Array:
-    """orth(factor @ basis), or the basis where the factor is zero or the new one not finite."""
+    """As `power_step`, of all blocks at once."""
     trace = jnp.trace(factor, axis1=-2, axis2=-1)[..., None, None]
     known = jnp.isfinite(trace) & (trace > 0)
     # Scaled by the sum of the eigenvalues, so that the squares of tiny factors do not underflow.

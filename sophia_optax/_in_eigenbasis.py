@@ -31,11 +31,13 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
-from sophia_optax import _arrays, _checks, _eigenbasis, _trees
-from sophia_optax._eigenbasis import Basis, MatrixView
+from sophia_optax import _arrays, _checks, _matrix_view, _trees
+from sophia_optax._eigenbasis import Basis
 from sophia_optax._matrix_axes import DimensionNumbers, matrix_views
+from sophia_optax._matrix_view import MatrixView
 from sophia_optax._turned_leaves import EigenbasisCoordinates, TurnedLeaves
 from sophia_optax._types import Coordinates, HessianFn, Params, Scalar
 
@@ -65,6 +67,7 @@ def in_eigenbasis(
     max_size: int = 8192,
     block_size: int | None = None,
     dimension_numbers: DimensionNumbers | None = None,
+    stack_sharding: NamedSharding | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Runs a coordinate-wise transformation in the Kronecker eigenbasis of each matrix.
 
@@ -112,6 +115,13 @@ def in_eigenbasis(
         axes of each parameter that has at least two, and stacks the others, as in layers under
         `jax.lax.scan` and in convolutions. Give attention kernels of shape
         `[features, heads, head size]` explicitly.
+      stack_sharding: where the matrices are turned under Auto axes, for params that are sharded:
+        `NamedSharding(mesh, PartitionSpec("fsdp"))` gives each device along the mesh axis `fsdp`
+        its part of each stack, which need not divide. Gradients, momenta and steps are then
+        exchanged once each way, and no product or decomposition is. A single matrix is cut along
+        the side that is not turned, or along its blocks. None leaves it to the compiler, which
+        gathers and adds several times as many bytes. Under Explicit axes the params' own sharding
+        says it.
 
     Returns:
       A transformation whose `update` takes what the inner one takes, and `refresh_basis`. None
@@ -129,10 +139,11 @@ def in_eigenbasis(
     _checks.check_number("max_size", max_size, 0, float("inf"), "[0, ∞)")
     if block_size is not None:
         _checks.check_count("block_size", block_size)
+    _check_stack_sharding(stack_sharding)
     inner = optax.with_extra_args_support(inner)
 
     def views_of(params: Params) -> list[MatrixView | None]:
-        return matrix_views(params, dimension_numbers, max_size, block_size)
+        return matrix_views(params, dimension_numbers, max_size, block_size, stack_sharding)
 
     def init(params: Params) -> InEigenbasisState:
         turned = [
@@ -166,7 +177,7 @@ def in_eigenbasis(
         inner_state = state.inner
 
         def refreshed() -> tuple[tuple[Basis, ...], list[Array]]:
-            new = _eigenbasis.refreshed(bases)
+            new = _matrix_view.refreshed(turned.views, bases)
             momenta = turned.momenta(inner_state)
             return new, [turned.change(leaf, bases, new) for leaf in momenta]
 
@@ -240,6 +251,30 @@ def _in_coordinates(hessian_fn: HessianFn, coordinates: Coordinates) -> HessianF
         return cast(Any, hessian_fn)(key, coordinates=coordinates)
 
     return estimate
+
+
+def _check_stack_sharding(stack_sharding: NamedSharding | None) -> None:
+    """Refuses what is not the sharding of one axis.
+
+    Args:
+      stack_sharding: as passed to `in_eigenbasis`.
+
+    Raises:
+      TypeError: if it is neither None nor a `NamedSharding`.
+      ValueError: if its spec does not have exactly one entry.
+    """
+    if stack_sharding is None:
+        return
+    if not isinstance(stack_sharding, NamedSharding):
+        raise TypeError(
+            f"stack_sharding is {stack_sharding!r}. Pass a NamedSharding of one axis, e.g. "
+            'NamedSharding(mesh, PartitionSpec("fsdp")), or None.'
+        )
+    if len(stack_sharding.spec) != 1 or stack_sharding.spec[0] is None:
+        raise ValueError(
+            f"stack_sharding has the spec {stack_sharding.spec}, but a stack has one axis to cut. "
+            'Name the mesh axes for it, e.g. PartitionSpec("fsdp").'
+        )
 
 
 def _check_refresh_basis(refresh_basis: bool | None) -> None:

@@ -7,9 +7,10 @@ from typing import Any, Literal, NamedTuple, TypeAlias, cast
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 
 from sophia_optax import _arrays, _checks, _trees
-from sophia_optax._eigenbasis import MatrixView
+from sophia_optax._matrix_view import MatrixView
 from sophia_optax._types import Params
 
 
@@ -36,7 +37,11 @@ turned), or a callable from params to one."""
 
 
 def matrix_views(
-    params: Params, dimension_numbers: DimensionNumbers, max_size: int, block_size: int | None
+    params: Params,
+    dimension_numbers: DimensionNumbers,
+    max_size: int,
+    block_size: int | None,
+    stack_sharding: NamedSharding | None = None,
 ) -> list[MatrixView | None]:
     """Decides how each leaf is read as matrices; None for one that stays in its own axes.
 
@@ -45,6 +50,7 @@ def matrix_views(
       dimension_numbers: as in `in_eigenbasis`.
       max_size: the longest side that is turned.
       block_size: the largest block.
+      stack_sharding: as in `in_eigenbasis`.
 
     Returns:
       A view for each leaf.
@@ -86,6 +92,7 @@ def matrix_views(
             turns=(own.turn != "right", own.turn != "left"),
             max_size=max_size,
             block_size=block_size,
+            stack_sharding=stack_sharding,
         )
 
     return [view(path, leaf, own) for (path, leaf), own in zip(flat, axes, strict=True)]
@@ -99,6 +106,7 @@ def matrix_view(
     turns: tuple[bool, bool] = (True, True),
     max_size: int,
     block_size: int | None,
+    stack_sharding: NamedSharding | None = None,
 ) -> MatrixView | None:
     """Decides how an array is read as matrices.
 
@@ -109,6 +117,7 @@ def matrix_view(
       turns: whether rows and columns may have a basis.
       max_size: the longest side that has one.
       block_size: the largest block that a side is cut into; None does not cut.
+      stack_sharding: how a stack of matrices is spread over the devices.
 
     Returns:
       The view, or None where no side has a basis.
@@ -137,6 +146,7 @@ def matrix_view(
         ),
         turns_left=sides[0],
         turns_right=sides[1],
+        stack_sharding=stack_sharding,
     )
 
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
 from sophia_optax import _trees
-from sophia_optax._eigenbasis import Basis, MatrixView
+from sophia_optax._eigenbasis import Basis
+from sophia_optax._matrix_view import MatrixView
 
 MOMENTUM_NAMES = ("mu", "trace")
 """What an inner state calls a momentum, which turns with the basis."""

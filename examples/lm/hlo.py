@@ -107,7 +107,7 @@ def _counted(line: str, bodies: dict[str, str]) -> int:
     results = next(text for text in body.values() if text.lstrip().startswith("ROOT"))
     counted = body[operands(results, "tuple")[int(index[1])]]
     step = [constant(body[name]) for name in operands(counted, "add")]
-    return -(-constant(condition[bound]) // (max(step) or 1))
+    return -(-constant(condition[bound]) // (max(step, default=0) or 1))
 
 
 def operands(line: str, opcode: str) -> list[str]:

@@ -111,6 +111,11 @@ def spread(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
+def stack_sharding(mesh: Mesh) -> NamedSharding:
+    """How `in_eigenbasis` spreads a stack of matrices: over the devices with different params."""
+    return NamedSharding(mesh, PartitionSpec("fsdp"))
+
+
 def local_rows(batch_size: int) -> slice:
     """The rows of a global batch that this process provides."""
     rows = batch_size // jax.process_count()

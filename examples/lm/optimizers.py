@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 
 import sophia_optax
 
@@ -103,12 +104,9 @@ def sophia(
     h: Hyperparameters,
     schedule: optax.Schedule,
     target: Callable[[float], Any] = sophia_optax.win_rate_target,
-    eigenbasis: bool = False,
     **options: Any,
 ) -> optax.GradientTransformation:
     """Sophia-G or Sophia-H, as `make` says; `options` are keywords of that."""
-    if eigenbasis:
-        options["eigenbasis"] = basis_options(h)
     return make(
         schedule,
         b1=h.b1,
@@ -121,11 +119,13 @@ def sophia(
     )
 
 
-def soap(h: Hyperparameters, schedule: optax.Schedule) -> optax.GradientTransformation:
+def soap(
+    h: Hyperparameters, schedule: optax.Schedule, eigenbasis: Mapping[str, Any]
+) -> optax.GradientTransformation:
     """SOAP: Adam with Nesterov momentum in the eigenbasis of each matrix."""
     adam = optax.scale_by_adam(h.b1, h.b2, nesterov=True)
     return optax.chain(
-        sophia_optax.in_eigenbasis(adam, **basis_options(h)),
+        sophia_optax.in_eigenbasis(adam, **eigenbasis),
         optax.add_decayed_weights(h.weight_decay, is_matrix),
         optax.scale_by_learning_rate(schedule),
     )
@@ -177,12 +177,13 @@ def muon_dimensions(params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
-def basis_options(h: Hyperparameters) -> dict[str, Any]:
-    """What `in_eigenbasis` is told: how often, which axes make up the matrices, how to cut them."""
+def basis_options(h: Hyperparameters, stack_sharding: NamedSharding | None) -> dict[str, Any]:
+    """What `in_eigenbasis` is told: how often, which matrices, how they are cut, and where."""
     return {
         "basis_interval": h.basis_interval,
         "dimension_numbers": matrix_axes,
         "block_size": 256,
+        "stack_sharding": stack_sharding,
     }
 
 
@@ -223,7 +224,8 @@ class Optimizer:
     """A row of the table.
 
     Attributes:
-      build: the transformation, from hyperparameters and a schedule.
+      build: the transformation, from hyperparameters, a schedule and, where it has a basis, the
+        keywords of `in_eigenbasis` as `eigenbasis`.
       tiny: the hyperparameters for the tiny model. Those of AdamW, Sophia-G, Sophia-H and Sophia-H
         with the paper's h are the best of twelve tries each (benchmarks/results/lm_tuning.jsonl).
         Those in the eigenbasis are the best of sixteen at half the batch (lm_race.jsonl).
@@ -232,13 +234,25 @@ class Optimizer:
       grid: where tuning starts: the first values of each hyperparameter, which are on the ladders
         of `tune.LADDERS`, in the order in which their neighbours are tried. Those that are not in
         it keep the values of `tiny`. Empty for an optimizer that is not tuned.
+      eigenbasis: whether it steps in the eigenbasis of each matrix.
     """
 
-    build: Callable[[Hyperparameters, optax.Schedule], optax.GradientTransformation]
+    build: Callable[..., optax.GradientTransformation]
     tiny: Hyperparameters
     large: Hyperparameters
     curvature: Curvature | None = None
     grid: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    eigenbasis: bool = False
+
+    def transformation(
+        self,
+        h: Hyperparameters,
+        schedule: optax.Schedule,
+        stack_sharding: NamedSharding | None = None,
+    ) -> optax.GradientTransformation:
+        """The transformation without clipping; its stacks of matrices are sharded like that."""
+        basis = {"eigenbasis": basis_options(h, stack_sharding)} if self.eigenbasis else {}
+        return self.build(h, schedule, **basis)
 
 
 sophia_g = functools.partial(sophia, sophia_optax.sophia_g)
@@ -294,7 +308,7 @@ OPTIMIZERS = {
         },
     ),
     "sophia_g_eigenbasis": Optimizer(
-        functools.partial(sophia_g, eigenbasis=True),
+        sophia_g,
         tiny=Hyperparameters(
             8e-3, b1=0.8, b2=0.95, gamma=0.2, weight_decay=0.1, warmup=0.05, basis_interval=1
         ),
@@ -309,9 +323,10 @@ OPTIMIZERS = {
             "b1": (0.9,),
             "warmup": (0.05,),
         },
+        eigenbasis=True,
     ),
     "sophia_h_eigenbasis": Optimizer(
-        functools.partial(sophia_h, eigenbasis=True),
+        sophia_h,
         tiny=Hyperparameters(
             8e-3, b1=0.8, b2=0.95, gamma=0.02, weight_decay=0.1, warmup=0.05, basis_interval=10
         ),
@@ -326,6 +341,7 @@ OPTIMIZERS = {
             "b1": (0.8,),
             "warmup": (0.05,),
         },
+        eigenbasis=True,
     ),
     "soap": Optimizer(
         soap,
@@ -342,6 +358,7 @@ OPTIMIZERS = {
             "warmup": (0.05,),
             "b2": (0.95,),
         },
+        eigenbasis=True,
     ),
     "contrib_sophia": Optimizer(
         contrib_sophia,
@@ -409,11 +426,13 @@ def learning_rate(step: Any, peak: Any, warmup: Any, steps: Any) -> jax.Array:
 
 
 def build(
-    row: Optimizer, h: Hyperparameters, steps: Any
+    row: Optimizer, h: Hyperparameters, steps: Any, stack_sharding: NamedSharding | None = None
 ) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule]:
     """A run's transformation, clipping included, and its learning rate by step.
 
-    The hyperparameters and the number of steps may be traced.
+    The hyperparameters and the number of steps may be traced. `stack_sharding` is that of
+    `in_eigenbasis`.
     """
     schedule = functools.partial(learning_rate, peak=h.learning_rate, warmup=h.warmup, steps=steps)
-    return optax.chain(optax.clip_by_global_norm(h.clip_norm), row.build(h, schedule)), schedule
+    tx = row.transformation(h, schedule, stack_sharding)
+    return optax.chain(optax.clip_by_global_norm(h.clip_norm), tx), schedule

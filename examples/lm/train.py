@@ -98,7 +98,8 @@ class Trainer:
         steps = given.pop("steps", self.run.config.steps)
         given.pop("seed", None)
         h = dataclasses.replace(self.run.hyperparameters, **given)
-        return optimizers.build(self.run.optimizer, h, steps)
+        stacks = mesh.stack_sharding(self.run.mesh)
+        return optimizers.build(self.run.optimizer, h, steps, stacks)
 
     def new_state(self, seed: Any = None) -> TrainState:
         """The state before the first step."""

@@ -16,8 +16,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import sophia_optax
 from sophia_optax import MatrixAxes, in_eigenbasis
-from sophia_optax._eigenbasis import householder_qr, orthonormal, refreshed, shifted_cholesky_qr
+from sophia_optax._eigenbasis import householder_qr, orthonormal, shifted_cholesky_qr
 from sophia_optax._matrix_axes import matrix_view
+from sophia_optax._matrix_view import refreshed
 from tests import hlo, oracles
 from tests.transforms import Calls
 
@@ -157,6 +158,11 @@ def test_dimension_numbers_are_those_of_muon(make: Any) -> None:
     assert qkv.right.shape == (6, 1, 8, 8)
 
 
+def on_one_device(*spec: str | None) -> NamedSharding:
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,))
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
 @pytest.mark.parametrize(
     ("keywords", "error", "message"),
     [
@@ -167,6 +173,8 @@ def test_dimension_numbers_are_those_of_muon(make: Any) -> None:
         ({"basis_interval": 0}, ValueError, "basis_interval is 0"),
         ({"decay": 1.0}, ValueError, "decay is 1.0"),
         ({"block_size": 0}, ValueError, "block_size is 0"),
+        ({"stack_sharding": on_one_device(None)}, ValueError, "one axis to cut"),
+        ({"stack_sharding": on_one_device("x", None)}, ValueError, "one axis to cut"),
     ],
 )
 def test_what_does_not_fit_is_refused(keywords: Any, error: Any, message: str) -> None:
@@ -338,6 +346,12 @@ def test_two_compiled_steps_scheduled_from_the_host_are_the_one_with_a_branch() 
         updates, state = update(grads, state, PARAMS)
         others, other = update(grads, other, PARAMS, refresh_basis=count % 3 == 0)
         chex.assert_trees_all_close(updates, others, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_no_sharding_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(TypeError, match="stack_sharding is P.*Pass a NamedSharding"):
+        soap(stack_sharding=PartitionSpec("x"))
 
 
 def test_a_traced_refresh_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -532,6 +546,83 @@ def test_eight_devices_give_the_numbers_of_one(axis_type: AxisType, spec: Any) -
     chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+STACKS = {
+    "a stack": ((8, 4, 6), ((1,), (2,)), "both"),
+    "one that does not divide": ((3, 4, 6), ((1,), (2,)), "both"),
+    "two axes that divide together": ((2, 4, 6, 4), ((2,), (3,)), "both"),
+    "a stack in the middle": ((4, 3, 6), ((0,), (2,)), "both"),
+    "one side": ((19, 4), ((0,), (1,)), "right"),
+    "the other side": ((4, 19), ((0,), (1,)), "left"),
+    "one side of two axes": ((3, 5, 4), ((0, 1), (2,)), "right"),
+    "blocks": ((8, 4), ((0,), (1,)), "both"),
+    "blocks of the columns": ((4, 6), ((0,), (1,)), "both"),
+    "nothing to cut": ((2, 2), ((0,), (1,)), "both"),
+}
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_a_stack_sharding_changes_no_number(name: str) -> None:
+    shape, (left, right), turn = STACKS[name]
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    g = np.random.default_rng(0).normal(size=(3, *shape)).astype(np.float32)
+
+    def moved(stack_sharding: NamedSharding | None) -> Any:
+        tx = in_eigenbasis(
+            optax.trace(0.9),
+            basis_interval=1,
+            block_size=2,
+            dimension_numbers=lambda _: MatrixAxes(left, right, turn),
+            stack_sharding=stack_sharding,
+        )
+
+        @jax.jit
+        def steps(g: jax.Array) -> Any:
+            step = lambda state, g: tx.update(g, state)[::-1]  # noqa: E731
+            return jax.lax.scan(step, tx.init(g[0]), g)
+
+        return steps(g)
+
+    expected = moved(None)
+    spread = moved(NamedSharding(mesh, PartitionSpec("data")))
+    chex.assert_trees_all_close(spread, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(4, 4, 6), (2, 6, 4), (3, 8, 4)])
+@pytest.mark.parametrize("turns", [(True, True), (True, False), (False, True)])
+def test_a_loop_over_tiles_is_all_of_them_at_once(
+    shape: tuple[int, ...], turns: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    view = matrix_view(
+        shape,
+        (1,),
+        (2,),
+        turns=turns,
+        max_size=9,
+        block_size=2,
+        stack_sharding=on_one_device("x"),
+    )
+    assert view is not None
+
+    def everything(x: jax.Array) -> Any:
+        basis, _ = view.observe(view.init(x), x, 0.5)
+        (basis,) = refreshed([view], [basis])
+        return basis, view.turn(basis, x), view.back(basis, x)
+
+    def on_a_tpu(*operands: Any, tpu: Any = None, default: Any, **_: Any) -> Any:
+        loops.append(tpu)
+        return (tpu or default)(*operands)
+
+    loops: list[Any] = []
+    xs = jnp.asarray(np.random.default_rng(0).normal(size=(2, *shape)), jnp.float32)
+    at_once = jax.vmap(everything)(xs)
+    monkeypatch.setattr(jax.lax, "platform_dependent", on_a_tpu)
+    one_by_one = [jax.jit(everything)(x) for x in xs]
+    assert any(loops)
+    together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *one_by_one)
+    chex.assert_trees_all_close(together, at_once, atol=1e-6)
+    chex.assert_trees_all_close(jax.vmap(everything)(xs), at_once, atol=1e-6)
+
+
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_rounding_is_found_without_gathering_the_momentum(axis_type: AxisType) -> None:
     view = matrix_view((16, 8), (0,), (1,), max_size=16, block_size=None)
@@ -653,7 +744,7 @@ def test_turning_back_undoes_turning(shape: tuple[int, int, int], block_size: in
     @jax.jit
     def there_and_back(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         basis, known = view.observe(view.init(x), x, 0.5)
-        (basis,) = refreshed(refreshed([basis]))
+        (basis,) = refreshed([view], refreshed([view], [basis]))
         return view.back(basis, view.turn(basis, x)), known
 
     back, known = there_and_back(x)
@@ -699,13 +790,16 @@ def test_the_platform_chooses_how_to_orthonormalize(platform, method):
 
 
 def test_bases_that_are_refreshed_together_are_those_refreshed_apart() -> None:
-    bases, rng = [], np.random.default_rng(0)
+    views, bases, rng = [], [], np.random.default_rng(0)
     for shape in ((2, 4, 6), (2, 6, 4), (2, 2, 4), (3, 4, 4)):
         view = matrix_view(shape, (1,), (2,), max_size=9, block_size=2)
         assert view is not None
         x = rng.normal(size=shape).astype(np.float32)
+        views.append(view)
         bases.append(jax.jit(lambda x, view=view: view.observe(view.init(x), x, 0.5)[0])(x))
-    apart = tuple(jax.jit(refreshed)([basis])[0] for basis in bases)
-    chex.assert_trees_all_equal(jax.jit(refreshed)(bases), apart)
+    step = jax.jit(refreshed, static_argnums=0)
+    apart = tuple(step((view,), [basis])[0] for view, basis in zip(views, bases, strict=True))
+    chex.assert_trees_all_equal(step(tuple(views), bases), apart)
     # Blocks of 2 x 2, in stacks of two and of three matrices.
-    assert str(jax.make_jaxpr(refreshed)(bases)).count(" qr[") == 2
+    program = jax.make_jaxpr(refreshed, static_argnums=0)(tuple(views), bases)
+    assert str(program).count(" qr[") == 2

@@ -193,3 +193,32 @@ def test_a_plans_flops_are_those_that_the_tpu_compiler_counts(devices: Any) -> N
     assert plan.flops(run, refresh=True) / 4 == pytest.approx(
         compiled.cost_analysis()["flops"], rel=0.1
     )
+
+
+def test_an_eigenbasis_moves_each_array_once_each_way_and_adds_none(devices: Any) -> None:
+    mesh = jax.make_mesh((4,), ("fsdp",), (jax.sharding.AxisType.Auto,), devices=devices)
+    params = {
+        "even": jax.ShapeDtypeStruct((4, 512, 512), jnp.float32),
+        "uneven": jax.ShapeDtypeStruct((3, 512, 256), jnp.float32),
+    }
+    columns = NamedSharding(mesh, PartitionSpec(None, None, "fsdp"))
+    stacks = NamedSharding(mesh, PartitionSpec("fsdp"))
+    tx = sophia_optax.in_eigenbasis(
+        optax.trace(0.9), basis_interval=1, block_size=256, stack_sharding=stacks
+    )
+    state = jax.eval_shape(tx.init, params)
+    whole = NamedSharding(mesh, PartitionSpec())
+    shardings = jax.tree.map(lambda leaf: columns if leaf.ndim == 3 else whole, state)
+    blocks = NamedSharding(mesh, PartitionSpec(None, None, "fsdp"))
+    bases = jax.tree.map(lambda _: blocks, state.bases)
+    shardings = shardings._replace(bases=bases)
+    step = jax.jit(
+        lambda g, state: tx.update(g, state, refresh_basis=True),
+        in_shardings=(columns, shardings),
+        out_shardings=(columns, shardings),
+    )
+    compiled = step.lower(params, state).compile()
+    instructions = hlo.instructions(compiled.as_text())
+    # The norm of each matrix and two flags are summed.
+    large = [op for op, sizes in instructions if op in hlo.COLLECTIVES and max(sizes) > 4]
+    assert set(large) == {"all-to-all"}

@@ -103,6 +103,11 @@ def test_a_loop_that_ends_on_its_data_counts_once():
     assert traffic["collective-permute"]["count"] == 12
 
 
+def test_a_loop_whose_step_is_hidden_in_a_fusion_counts_by_its_bound():
+    fused = HLO.replace("%next = u32[]{:T(128)} add(%i, %two)", "%next = u32[] fusion(%i, %two)")
+    assert hlo.collective_traffic(fused)["collective-permute"]["count"] == 12 * 4
+
+
 def test_a_collective_that_fusions_continue_counts_once():
     gathered_in_the_loop, gathered_beside_it = 12 * 16 * 4 * 2, 64 * 2
     assert hlo.collective_traffic(HLO)["all-gather"] == {
