@@ -198,6 +198,9 @@ class Trainer:
         tx, schedule = self.optimizer(point)
         key = self.dropout_key(state.step, point)
         loss, grads = self.loss_and_gradient(state.params, batch_BxL, key)
+        # As the params, whatever sharding the optimizer wants next: else the compiler sums whole
+        # gradients over the devices.
+        grads = jax.lax.with_sharding_constraint(grads, self.shardings.params)
         extra_args: dict[str, Any] = {}
         if self.run.optimizer.curvature:
             part = sophia_optax.curvature_batch(batch_BxL, self.run.curvature_batch)

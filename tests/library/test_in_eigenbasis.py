@@ -350,7 +350,7 @@ def test_two_compiled_steps_scheduled_from_the_host_are_the_one_with_a_branch() 
 
 def test_what_is_no_sharding_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    with pytest.raises(TypeError, match="stack_sharding is P.*Pass a NamedSharding"):
+    with pytest.raises(TypeError, match=r"stack_sharding is P.*Pass a NamedSharding"):
         soap(stack_sharding=PartitionSpec("x"))
 
 
