@@ -58,15 +58,21 @@ class Basis(NamedTuple):
 
 def turn(basis: Basis, x: Float[Array, "s i a j b"], by_tiles: bool) -> Array:
     """Q_Lᵀ x Q_R; on TPUs `by_tiles` in a loop over these."""
-    return _of_tiles(_turn, basis, x) if by_tiles else _turn(basis, x)
+    return _of_tiles(_turn, (basis,), x) if by_tiles else _turn((basis,), x)
 
 
 def turn_back(basis: Basis, z: Float[Array, "s i a j b"], by_tiles: bool) -> Array:
     """Q_L z Q_Rᵀ, as `turn`."""
-    return _of_tiles(_turn_back, basis, z) if by_tiles else _turn_back(basis, z)
+    return _of_tiles(_turn_back, (basis,), z) if by_tiles else _turn_back((basis,), z)
 
 
-def _turn(basis: Basis, x: Float[Array, "s i a j b"]) -> Array:
+def change(old: Basis, new: Basis, z: Float[Array, "s i a j b"], by_tiles: bool) -> Array:
+    """From one basis into another, as `turn`."""
+    return _of_tiles(_change, (old, new), z) if by_tiles else _change((old, new), z)
+
+
+def _turn(bases: tuple[Basis], x: Float[Array, "s i a j b"]) -> Array:
+    (basis,) = bases
     if basis.left_basis is not None:
         x = _einsum("siajb,siac->sicjb", x, basis.left_basis)
     if basis.right_basis is not None:
@@ -74,7 +80,8 @@ def _turn(basis: Basis, x: Float[Array, "s i a j b"]) -> Array:
     return x
 
 
-def _turn_back(basis: Basis, z: Float[Array, "s i a j b"]) -> Array:
+def _turn_back(bases: tuple[Basis], z: Float[Array, "s i a j b"]) -> Array:
+    (basis,) = bases
     if basis.left_basis is not None:
         z = _einsum("siajb,sica->sicjb", z, basis.left_basis)
     if basis.right_basis is not None:
@@ -82,24 +89,31 @@ def _turn_back(basis: Basis, z: Float[Array, "s i a j b"]) -> Array:
     return z
 
 
+def _change(bases: tuple[Basis, Basis], z: Float[Array, "s i a j b"]) -> Array:
+    old, new = bases
+    return _turn((new,), _turn_back((old,), z))
+
+
 def _of_tiles(
-    function: Callable[[Basis, Array], Array], basis: Basis, x: Float[Array, "s i a j b"]
+    function: Callable[[Any, Array], Array],
+    bases: tuple[Basis, ...],
+    x: Float[Array, "s i a j b"],
 ) -> Array:
     """A turn; on TPUs of one tile after another."""
     _, rows, _, columns, _ = x.shape
     if rows == columns == 1:
-        return function(basis, x)
+        return function(bases, x)
 
-    def one_by_one(basis: Basis, x: Array) -> Array:
+    def one_by_one(bases: tuple[Basis, ...], x: Array) -> Array:
         def body(number: Any, result: Array) -> Array:
             i, j = divmod(number, columns)
-            turned = function(_blocks(basis, i, j), _tile(x, i, j))
+            turned = function(tuple(_blocks(basis, i, j) for basis in bases), _tile(x, i, j))
             return jax.lax.dynamic_update_slice(result, turned, (0, i, 0, j, 0))
 
-        start = _manual_axes.vary_like(x, jax.eval_shape(function, basis, x))
+        start = _manual_axes.vary_like(x, jax.eval_shape(function, bases, x))
         return jax.lax.fori_loop(0, rows * columns, body, start)
 
-    return jax.lax.platform_dependent(basis, x, tpu=one_by_one, default=function)
+    return jax.lax.platform_dependent(bases, x, tpu=one_by_one, default=function)
 
 
 def products(basis: Basis, x: Float[Array, "s i a j b"], by_tiles: bool) -> Basis:

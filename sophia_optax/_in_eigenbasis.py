@@ -25,6 +25,7 @@ from the authors' SOAP:
 6. A gradient whose squares are not finite counts as zero for that step, and is counted.
 """
 
+import functools
 import inspect
 from typing import Any, NamedTuple, cast
 
@@ -173,7 +174,7 @@ def in_eigenbasis(
         _check_refresh_basis(refresh_basis)
         like = updates if params is None else params
         turned = TurnedLeaves.of(like, views_of(like))
-        bases, gradients, finite = turned.observe(state.bases, updates, decay)
+        bases, finite = turned.observe(state.bases, updates, decay)
         inner_state = state.inner
 
         def refreshed() -> tuple[tuple[Basis, ...], list[Array]]:
@@ -194,7 +195,8 @@ def in_eigenbasis(
         coordinates = EigenbasisCoordinates(turned, bases)
         if hessian_fn is not None:
             extra_args["hessian_fn"] = _in_coordinates(hessian_fn, coordinates)
-        turned_gradients = coordinates.turn(gradients)
+        # Turned as they are and not as zeros, so that they are read as matrices once.
+        turned_gradients = turned.zero_unless(finite, coordinates.turn(updates))
         moved, inner_state = inner.update(
             turned_gradients,
             inner_state,
@@ -204,7 +206,11 @@ def in_eigenbasis(
         moved = turned.without_rounding(moved, inner_state, turned_gradients)
         new_state = InEigenbasisState(
             count=_arrays.increment(state.count),
-            rejected=jnp.where(finite, state.rejected, _arrays.increment(state.rejected)),
+            rejected=jnp.where(
+                functools.reduce(jnp.logical_and, finite, True),
+                state.rejected,
+                _arrays.increment(state.rejected),
+            ),
             bases=bases or state.bases,
             inner=jax.tree.map(_restore_dtype, inner_state, state.inner, is_leaf=_trees.is_absent),
         )

@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from sophia_optax import _arrays
-from sophia_optax._eigenbasis import Basis, power_step, products, turn, turn_back
+from sophia_optax._eigenbasis import Basis, change, power_step, products, turn, turn_back
 
 MATRICES_AT_ONCE = 4
 """How many matrices a device orthonormalizes at once where it can take them in turns."""
@@ -175,6 +175,11 @@ class MatrixView:
     def turn(self, basis: Basis, x: Array) -> Array:
         """Q_Lᵀ x Q_R."""
         return self.array(turn(*self.read(basis, x)), x)
+
+    def change(self, old: Basis, new: Basis, z: Array) -> Array:
+        """Turns numbers in one basis into another: Q_Lᵀ (P_L z P_Rᵀ) Q_R."""
+        before, matrices, by_tiles = self.read(old, z)
+        return self.array(change(before, self.spread_basis(new), matrices, by_tiles), z)
 
     def above_rounding(self, z: Array) -> Array:
         """Whether turned numbers are more than the rounding of the products that turned them."""

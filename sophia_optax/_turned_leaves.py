@@ -63,7 +63,7 @@ class TurnedLeaves(NamedTuple):
 
     def observe(
         self, bases: tuple[Basis, ...] | Array, updates: PyTree[Any], decay: Any
-    ) -> tuple[tuple[Basis, ...], PyTree[Any], Any]:
+    ) -> tuple[tuple[Basis, ...], list[Any]]:
         """Averages gradients into the factors.
 
         Args:
@@ -72,21 +72,30 @@ class TurnedLeaves(NamedTuple):
           decay: β.
 
         Returns:
-          The bases with their new factors; the gradients, with zeros for those whose squares are
-          not finite; and whether all of them are finite.
+          The bases with their new factors; and for each whether the squares of its gradient are
+          finite, True without a gradient.
         """
-        new, finite = [], jnp.array(True)
+        new, finite = [], []
         leaves = self.treedef.flatten_up_to(updates)
         for index, view, basis in zip(self.indices, self.views, self.own(bases), strict=True):
             g = leaves[index]
             if _trees.is_absent(g):
                 new.append(basis)
+                finite.append(True)
                 continue
             observed, known = view.observe(basis, g, decay)
             new.append(observed)
-            leaves[index] = jnp.where(known, g, jnp.zeros((), g.dtype))
-            finite &= known
-        return tuple(new), self.treedef.unflatten(leaves), finite
+            finite.append(known)
+        return tuple(new), finite
+
+    def zero_unless(self, finite: list[Any], tree: PyTree[Any]) -> PyTree[Any]:
+        """Puts zeros for the leaves of gradients whose squares are not finite."""
+        leaves = self.treedef.flatten_up_to(tree)
+        for index, known in zip(self.indices, finite, strict=True):
+            if not _trees.is_absent(leaves[index]):
+                zero = jnp.zeros((), leaves[index].dtype)
+                leaves[index] = jnp.where(known, leaves[index], zero)
+        return self.treedef.unflatten(leaves)
 
     def own(self, bases: tuple[Basis, ...] | Array) -> tuple[Basis, ...]:
         """The bases of a state, where a zero stands for none."""
@@ -158,9 +167,8 @@ class TurnedLeaves(NamedTuple):
 
     def change(self, momentum: Momentum, old: tuple[Basis, ...], new: tuple[Basis, ...]) -> Array:
         """Turns a momentum from one basis into another."""
-        view, value = self.views[momentum.owner], momentum.value
-        own_axes = view.back(old[momentum.owner], value)
-        return view.turn(new[momentum.owner], own_axes).astype(value.dtype)
+        view, owner = self.views[momentum.owner], momentum.owner
+        return view.change(old[owner], new[owner], momentum.value).astype(momentum.value.dtype)
 
 
 class EigenbasisCoordinates(NamedTuple):
