@@ -1,5 +1,6 @@
 """Who races: the trainer's optimizers that have a grid, and variants that only the race has."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -75,7 +76,8 @@ def variant(
     start |= {name: values[0] for name, values in grid.items()}
     h = RaceHyperparameters(**start)
     build = muon_with(row.build) if muon else row.build
-    return Optimizer(build, tiny=h, large=h, curvature=curvature or row.curvature, grid=grid)
+    curvature = curvature or row.curvature
+    return dataclasses.replace(row, build=build, tiny=h, large=h, curvature=curvature, grid=grid)
 
 
 def with_muon(name: str, gamma: tuple[float, ...], warmup: float, **options: Any) -> Optimizer:

@@ -71,3 +71,8 @@ def test_all_get_more_tries_while_one_can_still_climb_and_the_report_is_written(
     digits.main(config)
     assert len(runs) == made
     assert json.loads((tmp_path / "vision.json").read_text())["results"] == written["results"]
+
+
+def test_an_entrant_has_the_basis_of_the_trainers_row():
+    found = {name for name, row in digits.ENTRANTS.items() if row.eigenbasis}
+    assert found == {"sophia_g_eigenbasis", "soap"}
