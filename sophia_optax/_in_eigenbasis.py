@@ -119,10 +119,10 @@ def in_eigenbasis(
       stack_sharding: where the matrices are turned under Auto axes, for params that are sharded:
         `NamedSharding(mesh, PartitionSpec("fsdp"))` gives each device along the mesh axis `fsdp`
         its part of each stack, which need not divide. Gradients, momenta and steps are then
-        exchanged once each way, and no product or decomposition is. A single matrix is cut along
-        the side that is not turned, or along its blocks. None leaves it to the compiler, which
-        gathers and adds several times as many bytes. Under Explicit axes the params' own sharding
-        says it.
+        exchanged by all-to-alls, and no product or decomposition is split. A single matrix is cut
+        along the side that is not turned, or along its blocks. None leaves it to the compiler,
+        which gathers and adds several times as many bytes. Under Explicit axes the matrices
+        follow the params.
 
     Returns:
       A transformation whose `update` takes what the inner one takes, and `refresh_basis`. None
@@ -195,7 +195,7 @@ def in_eigenbasis(
         coordinates = EigenbasisCoordinates(turned, bases)
         if hessian_fn is not None:
             extra_args["hessian_fn"] = _in_coordinates(hessian_fn, coordinates)
-        # Turned as they are and not as zeros, so that they are read as matrices once.
+        # Turned as they are and not as zeros: the same matrices as those in the factors.
         turned_gradients = turned.zero_unless(finite, coordinates.turn(updates))
         moved, inner_state = inner.update(
             turned_gradients,

@@ -2,8 +2,8 @@
 
 Under Explicit axes the sharding is part of an array's type, and matrices are spread as the params
 are. Under Auto axes they are where a `stack_sharding` puts them. Either way a stack is spread over
-the devices, each of which turns its own matrices, so that nothing is communicated but the arrays,
-once each way. Under Auto axes without one the compiler decides, and gathers and adds far more.
+the devices, each of which turns its own matrices, so that nothing is communicated but the arrays.
+Under Auto axes without one the compiler decides, and gathers and adds far more.
 """
 
 import dataclasses

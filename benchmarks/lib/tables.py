@@ -909,7 +909,8 @@ def pod_scale() -> str:
         for name in ("adamw", "sophia_g"):
             cells = []
             for topology in topologies:
-                (plan,) = pods("plans", optimizer=name, topology=topology, batch_per_chip=16)
+                chosen = {"optimizer": name, "topology": topology, "batch_per_chip": 16}
+                (plan,) = pods("plans", model="gpt2-124m", **chosen)
                 cells.append(f"{plan[key] / unit:.3f}")
             rows.append([f"{NAMES[name]}, {what}", *cells])
     return markdown(["", *(f"`{topology}`" for topology in topologies)], rows)

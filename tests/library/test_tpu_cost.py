@@ -195,7 +195,7 @@ def test_a_plans_flops_are_those_that_the_tpu_compiler_counts(devices: Any) -> N
     )
 
 
-def test_an_eigenbasis_moves_each_array_once_each_way_and_adds_none(devices: Any) -> None:
+def test_an_eigenbasis_exchanges_arrays_and_neither_gathers_nor_sums_them(devices: Any) -> None:
     mesh = jax.make_mesh((4,), ("fsdp",), (jax.sharding.AxisType.Auto,), devices=devices)
     params = {
         "even": jax.ShapeDtypeStruct((4, 512, 512), jnp.float32),
