@@ -233,7 +233,8 @@ class Trainer:
 
     def step(self, state: TrainState, batch: jax.Array, number: int) -> tuple[TrainState, Metrics]:
         """The compiled step; `number` is the state's own, known here without asking the device."""
-        return self._step(state, batch, self.point, self.program_at(number))
+        # With the arguments of `lower`, one for one: then what that has traced is not traced again.
+        return self._step(state, batch, self.point, self.program_at(number), None)
 
     def program_at(self, step: int) -> bool | None:
         """Which of the programs that a run compiles takes that step: `refresh` of `train_step`."""

@@ -301,6 +301,21 @@ def test_other_hyperparameters_and_seeds_do_not_compile_a_traced_step_again():
     assert trainer._step._cache_size() == trainer.init._cache_size() == 1
 
 
+def test_a_step_that_was_lowered_before_is_not_traced_again(monkeypatch):
+    traced = []
+
+    def counted(*args, step=Trainer.train_step):
+        traced.append(args)
+        return step(*args)
+
+    monkeypatch.setattr(Trainer, "train_step", counted)
+    trainer = trainer_on(1, MeshConfig())
+    state, batch = trainer.init(), batch_of(trainer)
+    trainer.lower(state, batch, trainer.program_at(0))
+    trainer.step(state, batch, 0)
+    assert len(traced) == 1
+
+
 def test_an_estimator_that_is_in_no_table_gets_its_win_rate_logged_and_the_host_refresh():
     def unit(forward, params, batch):
         return lambda key: jax.tree.map(jnp.ones_like, params)
