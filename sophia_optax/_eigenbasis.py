@@ -28,7 +28,6 @@ are loops only where the layout is known: with a `stack_sharding`, or under Expl
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -56,64 +55,53 @@ class Basis(NamedTuple):
     right_basis: Float[Array, "s j b b"] | None
 
 
-def turn(basis: Basis, x: Float[Array, "s i a j b"], by_tiles: bool) -> Array:
-    """Q_Lᵀ x Q_R; on TPUs `by_tiles` in a loop over these."""
-    return _of_tiles(_turn, (basis,), x) if by_tiles else _turn((basis,), x)
+INTO = "siajb,siac->sicjb", "siajb,sjbc->siajc"
+"""Products of rows and columns with the bases of both sides: Q_Lᵀ x Q_R."""
+
+OUT_OF = "siajb,sica->sicjb", "siajb,sjcb->siajc"
+"""Q_L x Q_Rᵀ."""
 
 
-def turn_back(basis: Basis, z: Float[Array, "s i a j b"], by_tiles: bool) -> Array:
-    """Q_L z Q_Rᵀ, as `turn`."""
-    return _of_tiles(_turn_back, (basis,), z) if by_tiles else _turn_back((basis,), z)
-
-
-def change(old: Basis, new: Basis, z: Float[Array, "s i a j b"], by_tiles: bool) -> Array:
-    """From one basis into another, as `turn`."""
-    return _of_tiles(_change, (old, new), z) if by_tiles else _change((old, new), z)
-
-
-def _turn(bases: tuple[Basis], x: Float[Array, "s i a j b"]) -> Array:
-    (basis,) = bases
-    if basis.left_basis is not None:
-        x = _einsum("siajb,siac->sicjb", x, basis.left_basis)
-    if basis.right_basis is not None:
-        x = _einsum("siajb,sjbc->siajc", x, basis.right_basis)
-    return x
-
-
-def _turn_back(bases: tuple[Basis], z: Float[Array, "s i a j b"]) -> Array:
-    (basis,) = bases
-    if basis.left_basis is not None:
-        z = _einsum("siajb,sica->sicjb", z, basis.left_basis)
-    if basis.right_basis is not None:
-        z = _einsum("siajb,sjcb->siajc", z, basis.right_basis)
-    return z
-
-
-def _change(bases: tuple[Basis, Basis], z: Float[Array, "s i a j b"]) -> Array:
-    old, new = bases
-    return _turn((new,), _turn_back((old,), z))
-
-
-def _of_tiles(
-    function: Callable[[Any, Array], Array],
-    bases: tuple[Basis, ...],
-    x: Float[Array, "s i a j b"],
+def turn(
+    old: Basis | None, new: Basis | None, x: Float[Array, "s i a j b"], by_tiles: bool
 ) -> Array:
-    """A turn; on TPUs of one tile after another."""
-    _, rows, _, columns, _ = x.shape
-    if rows == columns == 1:
-        return function(bases, x)
+    """Takes matrices out of one basis and into another.
 
-    def one_by_one(bases: tuple[Basis, ...], x: Array) -> Array:
+    Args:
+      old: the basis that they are in; None stands for their own axes.
+      new: the basis to turn them into; None stands for their own axes.
+      x: the matrices in blocks.
+      by_tiles: whether TPUs take one tile after another.
+
+    Returns:
+      The turned matrices.
+    """
+    bases = old, new
+    _, rows, _, columns, _ = x.shape
+    if rows == columns == 1 or not by_tiles:
+        return _turn(bases, x)
+
+    def one_by_one(bases: tuple[Basis | None, Basis | None], x: Array) -> Array:
         def body(number: Any, result: Array) -> Array:
             i, j = divmod(number, columns)
-            turned = function(tuple(_blocks(basis, i, j) for basis in bases), _tile(x, i, j))
+            old, new = (basis and _blocks(basis, i, j) for basis in bases)
+            turned = _turn((old, new), _tile(x, i, j))
             return jax.lax.dynamic_update_slice(result, turned, (0, i, 0, j, 0))
 
-        start = _manual_axes.vary_like(x, jax.eval_shape(function, bases, x))
+        start = _manual_axes.vary_like(x, jax.eval_shape(_turn, bases, x))
         return jax.lax.fori_loop(0, rows * columns, body, start)
 
-    return jax.lax.platform_dependent(bases, x, tpu=one_by_one, default=function)
+    return jax.lax.platform_dependent(bases, x, tpu=one_by_one, default=_turn)
+
+
+def _turn(bases: tuple[Basis | None, Basis | None], x: Float[Array, "s i a j b"]) -> Array:
+    """As `turn`, of all tiles or of one."""
+    for basis, (rows, columns) in zip(bases, (OUT_OF, INTO), strict=True):
+        if basis is not None and basis.left_basis is not None:
+            x = _einsum(rows, x, basis.left_basis)
+        if basis is not None and basis.right_basis is not None:
+            x = _einsum(columns, x, basis.right_basis)
+    return x
 
 
 def products(basis: Basis, x: Float[Array, "s i a j b"], by_tiles: bool) -> Basis:

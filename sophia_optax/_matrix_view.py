@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from sophia_optax import _arrays
-from sophia_optax._eigenbasis import Basis, change, power_step, products, turn, turn_back
+from sophia_optax._eigenbasis import Basis, power_step, products, turn
 
 MATRICES_AT_ONCE = 4
 """How many matrices a device orthonormalizes at once where it can take them in turns."""
@@ -134,6 +134,10 @@ class MatrixView:
             return None
         return _part(stack.shape[0], self.shards) if self.spread_axis == 0 else stack.shape[0]
 
+    def is_laid_out(self, matrices: Array) -> bool:
+        """Whether a loop over tiles stays on each device."""
+        return self.stack_on_a_device(matrices) is not None
+
     def sharded(self, stack: Array, like: Any) -> Array:
         """Shards a stack over the mesh axes of an array, where it divides."""
         sharding = _arrays.explicit_sharding(like)
@@ -167,19 +171,15 @@ class MatrixView:
             right_basis=identity(self.turns_right, right_blocks, right),
         )
 
-    def read(self, basis: Basis, x: Array) -> tuple[Basis, Float[Array, "s i a j b"], bool]:
-        """What `turn`, `turn_back` and `products` take for an array."""
-        matrices = self.matrices(x)
-        return self.spread_basis(basis), matrices, self.stack_on_a_device(matrices) is not None
-
     def turn(self, basis: Basis, x: Array) -> Array:
         """Q_Lᵀ x Q_R."""
-        return self.array(turn(*self.read(basis, x)), x)
+        return self.change(None, basis, x)
 
-    def change(self, old: Basis, new: Basis, z: Array) -> Array:
-        """Turns numbers in one basis into another: Q_Lᵀ (P_L z P_Rᵀ) Q_R."""
-        before, matrices, by_tiles = self.read(old, z)
-        return self.array(change(before, self.spread_basis(new), matrices, by_tiles), z)
+    def change(self, old: Basis | None, new: Basis | None, x: Array) -> Array:
+        """Turns numbers in one basis into another; None stands for the array's own axes."""
+        matrices = self.matrices(x)
+        old, new = (basis and self.spread_basis(basis) for basis in (old, new))
+        return self.array(turn(old, new, matrices, self.is_laid_out(matrices)), x)
 
     def above_rounding(self, z: Array) -> Array:
         """Whether turned numbers are more than the rounding of the products that turned them."""
@@ -192,7 +192,7 @@ class MatrixView:
 
     def back(self, basis: Basis, z: Array) -> Array:
         """Q_L z Q_Rᵀ."""
-        return self.array(turn_back(*self.read(basis, z)), z)
+        return self.change(basis, None, z)
 
     def observe(self, basis: Basis, g: Array, decay: Any) -> tuple[Basis, Bool[Array, ""]]:
         """Averages the products of a gradient into the factors.
@@ -205,8 +205,8 @@ class MatrixView:
         Returns:
           The new factors, and whether the gradient's squares are finite; the old factors if not.
         """
-        basis, x, by_tiles = self.read(basis, g)
-        sums = products(basis, x, by_tiles)
+        x, basis = self.matrices(g), self.spread_basis(basis)
+        sums = products(basis, x, self.is_laid_out(x))
         # Each trace is the sum of the squares of the whole gradient.
         one = sums.left if sums.left is not None else sums.right
         assert one is not None
