@@ -21,8 +21,8 @@ does not converge on factors whose eigenvalues spread over two decades or more
 All of it is float32, or wider, at the highest precision of the matrix products: the bases are
 reported to be wrong with TF32 and bfloat16 products.
 
-XLA for TPU needs seconds to compile one such product, and two seconds for each matrix of a batch
-that QR takes. So on TPUs the products run in loops over the tiles that the blocks cut a matrix
+XLA for TPU needs seconds to compile one such product, and the longer for QR the more matrices it
+takes at once. So on TPUs the products run in loops over the tiles that the blocks cut a matrix
 into, and QR in a loop over parts of a batch. No loop may run over an axis that is sharded, so there
 are loops only where the layout is known: with a `stack_sharding`, or under Explicit axes.
 """
