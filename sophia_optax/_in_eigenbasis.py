@@ -174,7 +174,8 @@ def in_eigenbasis(
         _check_refresh_basis(refresh_basis)
         like = updates if params is None else params
         turned = TurnedLeaves.of(like, views_of(like))
-        bases, finite = turned.observe(state.bases, updates, decay)
+        matrices = turned.matrices(updates)
+        bases, finite = turned.observe(state.bases, matrices, decay)
         inner_state = state.inner
 
         def refreshed() -> tuple[tuple[Basis, ...], list[Array]]:
@@ -195,8 +196,7 @@ def in_eigenbasis(
         coordinates = EigenbasisCoordinates(turned, bases)
         if hessian_fn is not None:
             extra_args["hessian_fn"] = _in_coordinates(hessian_fn, coordinates)
-        # Turned as they are and not as zeros: the same matrices as those in the factors.
-        turned_gradients = turned.zero_unless(finite, coordinates.turn(updates))
+        turned_gradients = turned.turn_gradients(bases, matrices, finite, updates)
         moved, inner_state = inner.update(
             turned_gradients,
             inner_state,

@@ -177,9 +177,18 @@ class MatrixView:
 
     def change(self, old: Basis | None, new: Basis | None, x: Array) -> Array:
         """Turns numbers in one basis into another; None stands for the array's own axes."""
-        matrices = self.matrices(x)
+        return self.turned(old, new, self.matrices(x), x)
+
+    def turned(
+        self,
+        old: Basis | None,
+        new: Basis | None,
+        matrices: Float[Array, "s i a j b"],
+        like: Array,
+    ) -> Array:
+        """As `change`, of the `matrices` of an array."""
         old, new = (basis and self.spread_basis(basis) for basis in (old, new))
-        return self.array(turn(old, new, matrices, self.is_laid_out(matrices)), x)
+        return self.array(turn(old, new, matrices, self.is_laid_out(matrices)), like)
 
     def above_rounding(self, z: Array) -> Array:
         """Whether turned numbers are more than the rounding of the products that turned them."""
@@ -194,19 +203,21 @@ class MatrixView:
         """Q_L z Q_Rᵀ."""
         return self.change(basis, None, z)
 
-    def observe(self, basis: Basis, g: Array, decay: Any) -> tuple[Basis, Bool[Array, ""]]:
+    def observe(
+        self, basis: Basis, matrices: Float[Array, "s i a j b"], decay: Any
+    ) -> tuple[Basis, Bool[Array, ""]]:
         """Averages the products of a gradient into the factors.
 
         Args:
           basis: the factors before.
-          g: the gradient.
+          matrices: of the gradient.
           decay: β.
 
         Returns:
           The new factors, and whether the gradient's squares are finite; the old factors if not.
         """
-        x, basis = self.matrices(g), self.spread_basis(basis)
-        sums = products(basis, x, self.is_laid_out(x))
+        basis = self.spread_basis(basis)
+        sums = products(basis, matrices, self.is_laid_out(matrices))
         # Each trace is the sum of the squares of the whole gradient.
         one = sums.left if sums.left is not None else sums.right
         assert one is not None

@@ -61,40 +61,45 @@ class TurnedLeaves(NamedTuple):
                 leaves[index] = function(self.views[number], bases[number], leaves[index])
         return self.treedef.unflatten(leaves)
 
+    def matrices(self, updates: PyTree[Any]) -> list[Array | None]:
+        """Reads gradients as matrices, once for all that needs them; None without a gradient."""
+        leaves = self.treedef.flatten_up_to(updates)
+        own = [(view, leaves[i]) for i, view in zip(self.indices, self.views, strict=True)]
+        return [None if _trees.is_absent(g) else view.matrices(g) for view, g in own]
+
     def observe(
-        self, bases: tuple[Basis, ...] | Array, updates: PyTree[Any], decay: Any
+        self, bases: tuple[Basis, ...] | Array, matrices: list[Array | None], decay: Any
     ) -> tuple[tuple[Basis, ...], list[Any]]:
         """Averages gradients into the factors.
 
         Args:
           bases: before.
-          updates: the gradients.
+          matrices: of the gradients.
           decay: β.
 
         Returns:
           The bases with their new factors; and for each whether the squares of its gradient are
           finite, True without a gradient.
         """
-        new, finite = [], []
-        leaves = self.treedef.flatten_up_to(updates)
-        for index, view, basis in zip(self.indices, self.views, self.own(bases), strict=True):
-            g = leaves[index]
-            if _trees.is_absent(g):
-                new.append(basis)
-                finite.append(True)
-                continue
-            observed, known = view.observe(basis, g, decay)
-            new.append(observed)
-            finite.append(known)
-        return tuple(new), finite
+        own = zip(self.views, self.own(bases), matrices, strict=True)
+        found = [(b, True) if m is None else view.observe(b, m, decay) for view, b, m in own]
+        return tuple(basis for basis, _ in found), [finite for _, finite in found]
 
-    def zero_unless(self, finite: list[Any], tree: PyTree[Any]) -> PyTree[Any]:
-        """Puts zeros for the leaves of gradients whose squares are not finite."""
-        leaves = self.treedef.flatten_up_to(tree)
-        for index, known in zip(self.indices, finite, strict=True):
-            if not _trees.is_absent(leaves[index]):
-                zero = jnp.zeros((), leaves[index].dtype)
-                leaves[index] = jnp.where(known, leaves[index], zero)
+    def turn_gradients(
+        self,
+        bases: tuple[Basis, ...],
+        matrices: list[Array | None],
+        finite: list[Any],
+        updates: PyTree[Any],
+    ) -> PyTree[Any]:
+        """Turns gradients into their bases, with zeros for those whose squares are not finite."""
+        leaves = self.treedef.flatten_up_to(updates)
+        for index, view, basis, own, known in zip(
+            self.indices, self.views, bases, matrices, finite, strict=True
+        ):
+            if own is not None:
+                turned = view.turned(None, basis, own, leaves[index])
+                leaves[index] = jnp.where(known, turned, jnp.zeros((), turned.dtype))
         return self.treedef.unflatten(leaves)
 
     def own(self, bases: tuple[Basis, ...] | Array) -> tuple[Basis, ...]:

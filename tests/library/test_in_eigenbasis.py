@@ -604,7 +604,7 @@ def test_a_loop_over_tiles_is_all_of_them_at_once(
     assert view is not None
 
     def everything(x: jax.Array) -> Any:
-        basis, _ = view.observe(view.init(x), x, 0.5)
+        basis, _ = view.observe(view.init(x), view.matrices(x), 0.5)
         (basis,) = refreshed([view], [basis])
         return basis, view.turn(basis, x), view.back(basis, x)
 
@@ -743,7 +743,7 @@ def test_turning_back_undoes_turning(shape: tuple[int, int, int], block_size: in
 
     @jax.jit
     def there_and_back(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        basis, known = view.observe(view.init(x), x, 0.5)
+        basis, known = view.observe(view.init(x), view.matrices(x), 0.5)
         (basis,) = refreshed([view], refreshed([view], [basis]))
         return view.back(basis, view.turn(basis, x)), known
 
@@ -796,7 +796,9 @@ def test_bases_that_are_refreshed_together_are_those_refreshed_apart() -> None:
         assert view is not None
         x = rng.normal(size=shape).astype(np.float32)
         views.append(view)
-        bases.append(jax.jit(lambda x, view=view: view.observe(view.init(x), x, 0.5)[0])(x))
+        bases.append(
+            jax.jit(lambda x, view=view: view.observe(view.init(x), view.matrices(x), 0.5)[0])(x)
+        )
     step = jax.jit(refreshed, static_argnums=0)
     apart = tuple(step((view,), [basis])[0] for view, basis in zip(views, bases, strict=True))
     chex.assert_trees_all_equal(step(tuple(views), bases), apart)
