@@ -93,6 +93,12 @@ def reshard(x: Array, spec: PartitionSpec) -> Array:
     return jax.sharding.reshard(x, NamedSharding(sharding.mesh, spec))
 
 
+def pad_to_multiple(x: Array, axis: int, of: int) -> Array:
+    """Appends zeros along an axis until its length is a multiple of a number."""
+    missing = -x.shape[axis] % of
+    return jnp.pad(x, [(0, missing if n == axis else 0) for n in range(x.ndim)]) if missing else x
+
+
 def depend_on_layout(x: Array, leaf: Array) -> Array:
     """Lets the compiler lay an array out as a leaf of its shape is, by depending on that.
 

@@ -20,21 +20,13 @@ does not converge on factors whose eigenvalues spread over two decades or more
 
 All of it is float32, or wider, at the highest precision of the matrix products: the bases are
 reported to be wrong with TF32 and bfloat16 products.
-
-XLA for TPU needs seconds to compile one such product, and the longer for QR the more matrices it
-takes at once. So on TPUs the products run in loops over the tiles that the blocks cut a matrix
-into, and QR in a loop over parts of a batch. No loop may run over an axis that is sharded, so there
-are loops only where the layout is known: with a `stack_sharding`, or under Explicit axes.
 """
 
-import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-
-from sophia_optax import _arrays, _manual_axes
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -62,41 +54,18 @@ OUT_OF = "siajb,sica->sicjb", "siajb,sjcb->siajc"
 """Q_L x Q_Rᵀ."""
 
 
-def turn(
-    old: Basis | None, new: Basis | None, x: Float[Array, "s i a j b"], by_tiles: bool
-) -> Array:
+def turn(old: Basis | None, new: Basis | None, x: Float[Array, "s i a j b"]) -> Array:
     """Takes matrices out of one basis and into another.
 
     Args:
       old: the basis that they are in; None stands for their own axes.
       new: the basis to turn them into; None stands for their own axes.
       x: the matrices in blocks.
-      by_tiles: whether TPUs take one tile after another.
 
     Returns:
       The turned matrices.
     """
-    bases = old, new
-    _, rows, _, columns, _ = x.shape
-    if rows == columns == 1 or not by_tiles:
-        return _turn(bases, x)
-
-    def one_by_one(bases: tuple[Basis | None, Basis | None], x: Array) -> Array:
-        def body(number: Any, result: Array) -> Array:
-            i, j = divmod(number, columns)
-            old, new = (basis and _blocks(basis, i, j) for basis in bases)
-            turned = _turn((old, new), _tile(x, i, j))
-            return jax.lax.dynamic_update_slice(result, turned, (0, i, 0, j, 0))
-
-        start = _manual_axes.vary_like(x, jax.eval_shape(_turn, bases, x))
-        return jax.lax.fori_loop(0, rows * columns, body, start)
-
-    return jax.lax.platform_dependent(bases, x, tpu=one_by_one, default=_turn)
-
-
-def _turn(bases: tuple[Basis | None, Basis | None], x: Float[Array, "s i a j b"]) -> Array:
-    """As `turn`, of all tiles or of one."""
-    for basis, (rows, columns) in zip(bases, (OUT_OF, INTO), strict=True):
+    for basis, (rows, columns) in zip((old, new), (OUT_OF, INTO), strict=True):
         if basis is not None and basis.left_basis is not None:
             x = _einsum(rows, x, basis.left_basis)
         if basis is not None and basis.right_basis is not None:
@@ -104,27 +73,8 @@ def _turn(bases: tuple[Basis | None, Basis | None], x: Float[Array, "s i a j b"]
     return x
 
 
-def products(basis: Basis, x: Float[Array, "s i a j b"], by_tiles: bool) -> Basis:
-    """X xᵀ and xᵀ x for the sides that have a factor; on TPUs `by_tiles` in a loop over these."""
-    _, rows, _, columns, _ = x.shape
-    if rows == columns == 1 or not by_tiles:
-        return _products(basis, x)
-
-    def one_by_one(basis: Basis, x: Array) -> Basis:
-        def body(number: Any, sums: Basis) -> Basis:
-            i, j = divmod(number, columns)
-            new = _products(basis, _tile(x, i, j))
-            added = jax.tree.map(jnp.add, _blocks(sums, i, j), new)
-            write = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
-            return jax.tree.map(write, sums, added, _places(sums, i, j))
-
-        zeros = _arrays.zeros_of(jax.eval_shape(_products, basis, x))
-        return jax.lax.fori_loop(0, rows * columns, body, zeros)
-
-    return jax.lax.platform_dependent(basis, x, tpu=one_by_one, default=_products)
-
-
-def _products(basis: Basis, x: Float[Array, "s i a j b"]) -> Basis:
+def products(basis: Basis, x: Float[Array, "s i a j b"]) -> Basis:
+    """X xᵀ and xᵀ x instead of the factors that there are, and no bases."""
     return Basis(
         left=None if basis.left is None else _einsum("siajb,sicjb->siac", x, x),
         right=None if basis.right is None else _einsum("siajb,siajc->sjbc", x, x),
@@ -133,65 +83,13 @@ def _products(basis: Basis, x: Float[Array, "s i a j b"]) -> Basis:
     )
 
 
-def _tile(x: Float[Array, "s i a j b"], i: Any, j: Any) -> Float[Array, "s 1 a 1 b"]:
-    """One tile of each matrix."""
-    row = jax.lax.dynamic_slice_in_dim(x, i, 1, axis=1)
-    return jax.lax.dynamic_slice_in_dim(row, j, 1, axis=3)
-
-
-def _blocks(basis: Basis, i: Any, j: Any) -> Basis:
-    """The factors and bases of one tile."""
-    take = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=1, axis=1)
-    return jax.tree.map(take, basis, _places(basis, i, j))
-
-
-def _places(basis: Basis, i: Any, j: Any) -> Basis:
-    """The number of a tile's block among those of each side that there is."""
-    sides = zip(basis, (i, j, i, j), strict=True)
-    return Basis(*(None if side is None else place for side, place in sides))
-
-
 def _einsum(spec: str, x: Array, y: Array) -> Array:
     """An einsum in the wider dtype, at the highest precision."""
     return jnp.einsum(spec, x, y, precision=_HIGHEST)
 
 
-def power_step(
-    factor: Float[Array, "s i a a"], basis: Float[Array, "s i a a"], at_once: int
-) -> Array:
-    """orth(factor @ basis), or the basis where the factor is zero or the new one not finite.
-
-    Args:
-      factor: the factors.
-      basis: the bases before.
-      at_once: how many blocks to take at once on TPUs, or fewer if they do not divide; at least
-        one.
-
-    Returns:
-      The new bases.
-    """
-    blocks = factor.shape[1]
-    width = next(n for n in range(min(max(at_once, 1), blocks), 0, -1) if blocks % n == 0)
-    if width == blocks:
-        return _power_step(factor, basis)
-
-    def in_turns(factor: Array, basis: Array) -> Array:
-        def body(number: Any, result: Array) -> Array:
-            start = number * width
-            take = functools.partial(
-                jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=width, axis=1
-            )
-            new = _power_step(take(factor), take(basis))
-            return jax.lax.dynamic_update_slice_in_dim(result, new, start, axis=1)
-
-        start = _manual_axes.vary_like(basis, jax.eval_shape(_power_step, factor, basis))
-        return jax.lax.fori_loop(0, blocks // width, body, start)
-
-    return jax.lax.platform_dependent(factor, basis, tpu=in_turns, default=_power_step)
-
-
-def _power_step(factor: Float[Array, "s i a a"], basis: Float[Array, "s i a a"]) -> Array:
-    """As `power_step`, of all blocks at once."""
+def power_step(factor: Float[Array, "*s a a"], basis: Float[Array, "*s a a"]) -> Array:
+    """orth(factor @ basis), or the basis where the factor is zero or the new one not finite."""
     trace = jnp.trace(factor, axis1=-2, axis2=-1)[..., None, None]
     known = jnp.isfinite(trace) & (trace > 0)
     # Scaled by the sum of the eigenvalues, so that the squares of tiny factors do not underflow.
@@ -200,7 +98,8 @@ def _power_step(factor: Float[Array, "s i a a"], basis: Float[Array, "s i a a"])
     scaled = jnp.where(known, factor / jnp.where(known, trace, 1.0), 0.0)
     shift = 128 * jnp.finfo(factor.dtype).eps
     moved = _einsum("...ab,...bc->...ac", scaled, basis) + shift * basis
-    q = orthonormal(jnp.where(known, moved, basis))
+    # The identity where the result is not used: a stack is padded with zeros.
+    q = orthonormal(jnp.where(known, moved, jnp.eye(basis.shape[-1], dtype=basis.dtype)))
     return jnp.where(known & jnp.all(jnp.isfinite(q), axis=(-2, -1), keepdims=True), q, basis)
 
 

@@ -35,7 +35,7 @@ import optax
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
-from sophia_optax import _arrays, _checks, _matrix_view, _trees
+from sophia_optax import _arrays, _checks, _spread_matrices, _trees
 from sophia_optax._eigenbasis import Basis
 from sophia_optax._matrix_axes import DimensionNumbers, matrix_views
 from sophia_optax._matrix_view import MatrixView
@@ -179,9 +179,8 @@ def in_eigenbasis(
         inner_state = state.inner
 
         def refreshed() -> tuple[tuple[Basis, ...], list[Array]]:
-            new = _matrix_view.refreshed(turned.views, bases)
-            momenta = turned.momenta(inner_state)
-            return new, [turned.change(leaf, bases, new) for leaf in momenta]
+            new = _spread_matrices.refresh(turned.views, bases)
+            return new, turned.change_momenta(turned.momenta(inner_state), bases, new)
 
         def kept() -> tuple[tuple[Basis, ...], list[Array]]:
             return bases, [leaf.value for leaf in turned.momenta(inner_state)]

@@ -7,21 +7,17 @@ Under Auto axes without one the compiler decides, and gathers and adds far more.
 """
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
 
 from sophia_optax import _arrays
-from sophia_optax._eigenbasis import Basis, power_step, products, turn
-
-MATRICES_AT_ONCE = 4
-"""How many matrices a device orthonormalizes at once where it can take them in turns."""
+from sophia_optax._eigenbasis import Basis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,23 +44,37 @@ class MatrixView:
     stack_sharding: NamedSharding | None = None
 
     def matrices(self, x: Array) -> Float[Array, "s i a j b"]:
-        """Views an array as matrices in blocks, in float32 at least."""
+        """Views an array as matrices in blocks, in float32 at least.
+
+        Args:
+          x: the array.
+
+        Returns:
+          The matrices, with zeros at the end of an axis that `stack_sharding` does not divide.
+        """
         # Under Explicit axes, sharded over the stack where that divides, so that nothing else is
         # communicated until `array`; otherwise every device has all of them.
         wide = self.spread(x.astype(_arrays.at_least_float32(x.dtype)), self.spread_axis_of_array)
-        whole = _arrays.reshard(wide, PartitionSpec())
-        view = self.sharded(whole.transpose(self.permutation).reshape(self.view), x)
-        return self.spread(view, self.spread_axis)
+        whole = _arrays.reshard(wide, PartitionSpec()).transpose(self.permutation)
+        axis, view = self.spread_axis, self.view
+        if axis is not None:
+            view = (*view[:axis], -1, *view[axis + 1 :])
+        return self.spread(self.sharded(whole.reshape(view), x), self.spread_axis)
 
     def array(self, matrices: Float[Array, "s i a j b"], like: Array) -> Array:
         """Undoes `matrices`, but for the dtype, in the sharding of the array."""
-        whole = _arrays.reshard(self.spread(matrices, self.spread_axis), PartitionSpec())
-        transposed = whole.reshape([self.shape[axis] for axis in self.permutation])
+        cut, axis = self.spread_axis, self.spread_axis_of_array
+        whole = _arrays.reshard(self.spread(matrices, cut), PartitionSpec())
+        if cut is not None and axis is None:
+            whole = jax.lax.slice_in_dim(whole, 0, self.view[cut], axis=cut)
+        transposed = whole.reshape([-1 if n == axis else self.shape[n] for n in self.permutation])
         inverse = sorted(range(len(self.permutation)), key=self.permutation.__getitem__)
         sharding = _arrays.explicit_sharding(like)
         spec = PartitionSpec() if sharding is None else sharding.spec
         array = _arrays.reshard(transposed.transpose(inverse), spec)
-        return self.spread(array, self.spread_axis_of_array)
+        if axis is None:
+            return self.spread(array, None)
+        return jax.lax.slice_in_dim(self.spread(array, axis), 0, self.shape[axis], axis=axis)
 
     @property
     def spread_axis(self) -> int | None:
@@ -92,8 +102,8 @@ class MatrixView:
             first = self.permutation[0]
             length, stack = self.shape[first], self.view[0]
             # Only where each device then has whole slices of the first axis.
-            slices = _part(length, self.shards) * (stack // length)
-            return first if slices == _part(stack, self.shards) else None
+            slices = -(-length // self.shards) * (stack // length)
+            return first if slices == -(-stack // self.shards) else None
         if self.spread_axis in (2, 4) and sides == 2:
             return self.permutation[-2 if self.spread_axis == 2 else -1]
         return None
@@ -106,37 +116,58 @@ class MatrixView:
         names = _tuple(self.stack_sharding.spec[0])
         return math.prod(self.stack_sharding.mesh.shape[name] for name in names)
 
+    def mesh(self, x: Array) -> Any:
+        """The mesh over which matrices, or sides, are spread; None where only XLA knows."""
+        if (sharding := _arrays.explicit_sharding(x)) is not None:
+            return sharding.mesh if {*sharding.mesh.axis_types} == {AxisType.Explicit} else None
+        return None if self.stack_sharding is None else self.stack_sharding.mesh
+
+    def spec(self, x: Array, axis: int | None) -> PartitionSpec:
+        """How matrices, or factors and bases, are spread over that mesh.
+
+        Args:
+          x: the array.
+          axis: which of its axes `stack_sharding` cuts.
+
+        Returns:
+          The spec.
+        """
+        if (sharding := _arrays.explicit_sharding(x)) is not None:
+            return sharding.spec
+        if axis is None or self.stack_sharding is None:
+            return PartitionSpec()
+        return PartitionSpec(*[None] * axis, *self.stack_sharding.spec)
+
     def spread(self, x: Array, axis: int | None) -> Array:
         """Cuts an axis of an array as `stack_sharding` says, under Auto axes; None cuts none."""
         if self.stack_sharding is None or _arrays.explicit_sharding(x) is not None:
             return x
-        mesh, spec = self.stack_sharding.mesh, self.stack_sharding.spec
-        cut = PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, *spec)
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, cut))
+        if axis is not None:
+            x = _arrays.pad_to_multiple(x, axis, self.shards)
+        sharding = NamedSharding(self.stack_sharding.mesh, self.spec(x, axis))
+        return jax.lax.with_sharding_constraint(x, sharding)
+
+    @property
+    def spread_axes_of_basis(self) -> tuple[int | None, int | None, int | None, int | None]:
+        """The axis of each side of a `Basis` that is cut with `spread_axis`."""
+        if self.spread_axis == 0:
+            return 0, 0, 0, 0
+        left, right = (1 if self.spread_axis == axis else None for axis in (1, 3))
+        return left, right, left, right
 
     def spread_basis(self, basis: Basis) -> Basis:
         """Cuts factors and bases over the devices as the matrices are cut."""
+        return _of_sides(self.spread, basis, self.spread_axes_of_basis)
 
-        def spread(side: Array | None, block_axis: int) -> Array | None:
-            if side is None:
-                return None
-            if self.spread_axis == 0:
-                return self.spread(side, 0)
-            return self.spread(side, 1 if self.spread_axis == block_axis else None)
+    def basis_specs(self, basis: Basis) -> Any:
+        """The `spec` of each side."""
+        return _of_sides(self.spec, basis, self.spread_axes_of_basis)
 
-        return Basis(*map(spread, basis, (1, 3, 1, 3)))
-
-    def stack_on_a_device(self, stack: Array) -> int | None:
-        """How many of a stack a device has; None if blocks may be cut, or nobody knows."""
-        if (sharding := _arrays.explicit_sharding(stack)) is not None:
-            return sharding.shard_shape(stack.shape)[0]
-        if self.stack_sharding is None or self.spread_axis in (1, 3):
-            return None
-        return _part(stack.shape[0], self.shards) if self.spread_axis == 0 else stack.shape[0]
-
-    def is_laid_out(self, matrices: Array) -> bool:
-        """Whether a loop over tiles stays on each device."""
-        return self.stack_on_a_device(matrices) is not None
+    def whole_basis(self, basis: Basis) -> Basis:
+        """Undoes the padding of `spread_basis`."""
+        stack, left_blocks, _, right_blocks, _ = self.view
+        blocks = left_blocks, right_blocks, left_blocks, right_blocks
+        return _of_sides(lambda side, n: side[:stack, :n], basis, blocks)
 
     def sharded(self, stack: Array, like: Any) -> Array:
         """Shards a stack over the mesh axes of an array, where it divides."""
@@ -171,25 +202,6 @@ class MatrixView:
             right_basis=identity(self.turns_right, right_blocks, right),
         )
 
-    def turn(self, basis: Basis, x: Array) -> Array:
-        """Q_Lᵀ x Q_R."""
-        return self.change(None, basis, x)
-
-    def change(self, old: Basis | None, new: Basis | None, x: Array) -> Array:
-        """Turns numbers in one basis into another; None stands for the array's own axes."""
-        return self.turned(old, new, self.matrices(x), x)
-
-    def turned(
-        self,
-        old: Basis | None,
-        new: Basis | None,
-        matrices: Float[Array, "s i a j b"],
-        like: Array,
-    ) -> Array:
-        """As `change`, of the `matrices` of an array."""
-        old, new = (basis and self.spread_basis(basis) for basis in (old, new))
-        return self.array(turn(old, new, matrices, self.is_laid_out(matrices)), like)
-
     def above_rounding(self, z: Array) -> Array:
         """Whether turned numbers are more than the rounding of the products that turned them."""
         # In the array's own shape and sharding: no more than the norms is communicated.
@@ -199,87 +211,11 @@ class MatrixView:
         rounding = 16 * jnp.finfo(wide.dtype).eps * jnp.where(jnp.isfinite(norm), norm, 0.0)
         return jnp.abs(wide) >= rounding
 
-    def back(self, basis: Basis, z: Array) -> Array:
-        """Q_L z Q_Rᵀ."""
-        return self.change(basis, None, z)
 
-    def observe(
-        self, basis: Basis, matrices: Float[Array, "s i a j b"], decay: Any
-    ) -> tuple[Basis, Bool[Array, ""]]:
-        """Averages the products of a gradient into the factors.
-
-        Args:
-          basis: the factors before.
-          matrices: of the gradient.
-          decay: β.
-
-        Returns:
-          The new factors, and whether the gradient's squares are finite; the old factors if not.
-        """
-        basis = self.spread_basis(basis)
-        sums = products(basis, matrices, self.is_laid_out(matrices))
-        # Each trace is the sum of the squares of the whole gradient.
-        one = sums.left if sums.left is not None else sums.right
-        assert one is not None
-        finite = jnp.isfinite(jnp.trace(one, axis1=-2, axis2=-1).sum())
-
-        def average(factor: Array | None, product: Array | None) -> Array | None:
-            if factor is None or product is None:
-                return None
-            return jnp.where(finite, decay * factor + (1 - decay) * product, factor)
-
-        left, right = average(basis.left, sums.left), average(basis.right, sums.right)
-        return basis._replace(left=left, right=right), finite
-
-
-def refreshed(views: Sequence[MatrixView], bases: Sequence[Basis]) -> tuple[Basis, ...]:
-    """Takes one step of power iteration for each basis.
-
-    Blocks of one size in stacks of one length share a QR decomposition.
-
-    Args:
-      views: how each parameter is read.
-      bases: its factors and bases.
-
-    Returns:
-      The same factors with new bases. A block whose factor is zero, or whose new basis is not
-      finite, keeps its basis.
-    """
-    bases = [view.spread_basis(basis) for view, basis in zip(views, bases, strict=True)]
-    factors = jax.tree.leaves([(basis.left, basis.right) for basis in bases])
-    own_views = [
-        view
-        for view, basis in zip(views, bases, strict=True)
-        for factor in (basis.left, basis.right)
-        if factor is not None
-    ]
-    old, treedef = jax.tree.flatten([(basis.left_basis, basis.right_basis) for basis in bases])
-    groups: dict[Any, list[int]] = {}
-    for index, (view, factor) in enumerate(zip(own_views, factors, strict=True)):
-        stack, _, size, _ = factor.shape
-        sharding = _arrays.explicit_sharding(factor)
-        on_a_device = view.stack_on_a_device(factor)
-        kind = stack, size, factor.dtype, sharding and sharding.spec, on_a_device
-        groups.setdefault(kind, []).append(index)
-    new = [*old]
-    for (*_, on_a_device), members in groups.items():
-        together = jnp.concatenate([factors[i] for i in members], axis=1)
-        before = jnp.concatenate([old[i] for i in members], axis=1)
-        blocks = together.shape[1]
-        at_once = blocks if on_a_device is None else MATRICES_AT_ONCE // on_a_device
-        moved = power_step(together, before, at_once)
-        ends = itertools.accumulate(factors[i].shape[1] for i in members)
-        for i, part in zip(members, jnp.split(moved, [*ends][:-1], axis=1), strict=True):
-            new[i] = part
-    return tuple(
-        basis._replace(left_basis=left, right_basis=right)
-        for basis, (left, right) in zip(bases, treedef.unflatten(new), strict=True)
-    )
-
-
-def _part(length: int, shards: int) -> int:
-    """How much of an axis a device has; the last ones may have less."""
-    return -(-length // shards)
+def _of_sides(function: Callable[[Array, Any], Any], basis: Basis, values: Iterable[Any]) -> Basis:
+    """Applies a function to the sides that there are, each with a value."""
+    sides = zip(basis, values, strict=True)
+    return Basis(*(None if side is None else function(side, value) for side, value in sides))
 
 
 def _tuple(axes: str | tuple[str, ...]) -> tuple[str, ...]:

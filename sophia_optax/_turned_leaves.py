@@ -1,13 +1,12 @@
 """The leaves of a tree that have a basis: their turn, and what an inner state keeps of them."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Bool, PyTree
 
-from sophia_optax import _trees
+from sophia_optax import _spread_matrices, _trees
 from sophia_optax._eigenbasis import Basis
 from sophia_optax._matrix_view import MatrixView
 
@@ -51,16 +50,6 @@ class TurnedLeaves(NamedTuple):
         indices, paths, own = zip(*chosen, strict=True) if chosen else ((), (), ())
         return cls(treedef, indices, paths, own)
 
-    def map(
-        self, function: Callable[[MatrixView, Basis, Array], Array], bases: Any, tree: PyTree[Any]
-    ) -> PyTree[Any]:
-        """Applies a function to the leaves that have a basis and are not absent."""
-        leaves = self.treedef.flatten_up_to(tree)
-        for number, index in enumerate(self.indices):
-            if not _trees.is_absent(leaves[index]):
-                leaves[index] = function(self.views[number], bases[number], leaves[index])
-        return self.treedef.unflatten(leaves)
-
     def matrices(self, updates: PyTree[Any]) -> list[Array | None]:
         """Reads gradients as matrices, once for all that needs them; None without a gradient."""
         leaves = self.treedef.flatten_up_to(updates)
@@ -81,9 +70,17 @@ class TurnedLeaves(NamedTuple):
           The bases with their new factors; and for each whether the squares of its gradient are
           finite, True without a gradient.
         """
-        own = zip(self.views, self.own(bases), matrices, strict=True)
-        found = [(b, True) if m is None else view.observe(b, m, decay) for view, b, m in own]
-        return tuple(basis for basis, _ in found), [finite for _, finite in found]
+        own = [*self.own(bases)]
+        finite: list[Any] = [True] * len(own)
+        there = [number for number, m in enumerate(matrices) if m is not None]
+        sums = _spread_matrices.products(
+            [self.views[i] for i in there],
+            [own[i] for i in there],
+            [cast(Array, matrices[i]) for i in there],
+        )
+        for number, sides in zip(there, sums, strict=True):
+            own[number], finite[number] = _average(own[number], sides, decay)
+        return tuple(own), finite
 
     def turn_gradients(
         self,
@@ -94,13 +91,50 @@ class TurnedLeaves(NamedTuple):
     ) -> PyTree[Any]:
         """Turns gradients into their bases, with zeros for those whose squares are not finite."""
         leaves = self.treedef.flatten_up_to(updates)
-        for index, view, basis, own, known in zip(
-            self.indices, self.views, bases, matrices, finite, strict=True
-        ):
-            if own is not None:
-                turned = view.turned(None, basis, own, leaves[index])
-                leaves[index] = jnp.where(known, turned, jnp.zeros((), turned.dtype))
+        there = [(i, m) for i, m in enumerate(matrices) if m is not None]
+        likes = [leaves[self.indices[i]] for i, _ in there]
+        turned = self._change(there, None, bases, likes)
+        for (number, _), z in zip(there, turned, strict=True):
+            leaves[self.indices[number]] = jnp.where(finite[number], z, jnp.zeros((), z.dtype))
         return self.treedef.unflatten(leaves)
+
+    def change(
+        self, old: tuple[Basis, ...] | None, new: tuple[Basis, ...] | None, tree: PyTree[Any]
+    ) -> PyTree[Any]:
+        """Turns a tree in one basis into another; None stands for the parameters' own axes."""
+        leaves = self.treedef.flatten_up_to(tree)
+        there = [(n, i) for n, i in enumerate(self.indices) if not _trees.is_absent(leaves[i])]
+        likes = [leaves[i] for _, i in there]
+        stacks = [(n, self.views[n].matrices(leaves[i])) for n, i in there]
+        for (_, i), x in zip(there, self._change(stacks, old, new, likes), strict=True):
+            leaves[i] = x
+        return self.treedef.unflatten(leaves)
+
+    def change_momenta(
+        self, momenta: list[Momentum], old: tuple[Basis, ...], new: tuple[Basis, ...]
+    ) -> list[Array]:
+        """Turns momenta from one basis into another."""
+        likes = [momentum.value for momentum in momenta]
+        stacks = [(own.owner, self.views[own.owner].matrices(own.value)) for own in momenta]
+        turned = self._change(stacks, old, new, likes)
+        return [x.astype(like.dtype) for x, like in zip(turned, likes, strict=True)]
+
+    def _change(
+        self,
+        stacks: list[tuple[int, Array]],
+        old: tuple[Basis, ...] | None,
+        new: tuple[Basis, ...] | None,
+        likes: list[Array],
+    ) -> list[Array]:
+        """Turns matrices with the bases of their owners, and reads them as arrays again."""
+        owners, own = [owner for owner, _ in stacks], [x for _, x in stacks]
+        views = [self.views[owner] for owner in owners]
+
+        def of_owners(bases: tuple[Basis, ...] | None) -> list[Basis | None]:
+            return [None if bases is None else bases[owner] for owner in owners]
+
+        turned = _spread_matrices.turn(views, of_owners(old), of_owners(new), own)
+        return [view.array(x, like) for view, x, like in zip(views, turned, likes, strict=True)]
 
     def own(self, bases: tuple[Basis, ...] | Array) -> tuple[Basis, ...]:
         """The bases of a state, where a zero stands for none."""
@@ -170,10 +204,29 @@ class TurnedLeaves(NamedTuple):
                 leaves[index] = jnp.where(above[number], leaves[index], zero)
         return self.treedef.unflatten(leaves)
 
-    def change(self, momentum: Momentum, old: tuple[Basis, ...], new: tuple[Basis, ...]) -> Array:
-        """Turns a momentum from one basis into another."""
-        view, owner = self.views[momentum.owner], momentum.owner
-        return view.change(old[owner], new[owner], momentum.value).astype(momentum.value.dtype)
+
+def _average(basis: Basis, sums: Basis, decay: Any) -> tuple[Basis, Bool[Array, ""]]:
+    """Averages the products of a gradient into the factors.
+
+    Args:
+      basis: the factors before.
+      sums: the products.
+      decay: β.
+
+    Returns:
+      The new factors, and whether the gradient's squares are finite; the old factors if not.
+    """
+    # Each trace is the sum of the squares of the whole gradient.
+    one = jax.tree.leaves(sums)[0]
+    finite = jnp.isfinite(jnp.trace(one, axis1=-2, axis2=-1).sum())
+
+    def average(factor: Array | None, product: Array | None) -> Array | None:
+        if factor is None or product is None:
+            return None
+        return jnp.where(finite, decay * factor + (1 - decay) * product, factor)
+
+    left, right = average(basis.left, sums.left), average(basis.right, sums.right)
+    return basis._replace(left=left, right=right), finite
 
 
 class EigenbasisCoordinates(NamedTuple):
@@ -184,8 +237,8 @@ class EigenbasisCoordinates(NamedTuple):
 
     def turn(self, tree: PyTree[Any]) -> PyTree[Any]:
         """From the parameters' own axes into the eigenbasis."""
-        return self.leaves.map(MatrixView.turn, self.bases, tree)
+        return self.leaves.change(None, self.bases, tree)
 
     def back(self, tree: PyTree[Any]) -> PyTree[Any]:
         """From the eigenbasis into the parameters' own axes."""
-        return self.leaves.map(MatrixView.back, self.bases, tree)
+        return self.leaves.change(self.bases, None, tree)

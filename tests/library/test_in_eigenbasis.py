@@ -18,7 +18,9 @@ import sophia_optax
 from sophia_optax import MatrixAxes, in_eigenbasis
 from sophia_optax._eigenbasis import householder_qr, orthonormal, shifted_cholesky_qr
 from sophia_optax._matrix_axes import matrix_view
-from sophia_optax._matrix_view import refreshed
+from sophia_optax._matrix_view import MatrixView
+from sophia_optax._spread_matrices import refresh
+from sophia_optax._turned_leaves import EigenbasisCoordinates, TurnedLeaves
 from tests import hlo, oracles
 from tests.transforms import Calls
 
@@ -587,36 +589,43 @@ def test_a_stack_sharding_changes_no_number(name: str) -> None:
     chex.assert_trees_all_close(spread, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(4, 4, 6), (2, 6, 4), (3, 8, 4)])
 @pytest.mark.parametrize("turns", [(True, True), (True, False), (False, True)])
 def test_a_loop_over_tiles_is_all_of_them_at_once(
-    shape: tuple[int, ...], turns: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+    turns: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    view = matrix_view(
-        shape,
-        (1,),
-        (2,),
-        turns=turns,
-        max_size=9,
-        block_size=2,
-        stack_sharding=on_one_device("x"),
-    )
-    assert view is not None
+    # Tiles of one size in matrices of several, one that no block divides, and a long side.
+    shapes = [(4, 4, 6), (2, 6, 4), (3, 8, 4), (1, 5, 4), (1, 19, 2)]
+    xs = [np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32) for shape in shapes]
+    views = [
+        matrix_view(
+            shape,
+            (1,),
+            (2,),
+            turns=turns,
+            max_size=19,
+            block_size=2,
+            stack_sharding=on_one_device("x"),
+        )
+        for shape in shapes
+    ]
 
-    def everything(x: jax.Array) -> Any:
-        basis, _ = view.observe(view.init(x), view.matrices(x), 0.5)
-        (basis,) = refreshed([view], [basis])
-        return basis, view.turn(basis, x), view.back(basis, x)
+    def everything(xs: list[jax.Array]) -> Any:
+        leaves = TurnedLeaves.of(xs, views)
+        bases, _ = leaves.observe(
+            tuple(map(MatrixView.init, leaves.views, xs)), leaves.matrices(xs), 0.5
+        )
+        bases = refresh(leaves.views, bases)
+        coordinates = EigenbasisCoordinates(leaves, bases)
+        return bases, coordinates.turn(xs), coordinates.back(xs)
 
     def on_a_tpu(*operands: Any, tpu: Any = None, default: Any, **_: Any) -> Any:
         loops.append(tpu)
         return (tpu or default)(*operands)
 
     loops: list[Any] = []
-    xs = jnp.asarray(np.random.default_rng(0).normal(size=(2, *shape)), jnp.float32)
     at_once = jax.vmap(everything)(xs)
     monkeypatch.setattr(jax.lax, "platform_dependent", on_a_tpu)
-    one_by_one = [jax.jit(everything)(x) for x in xs]
+    one_by_one = [jax.jit(everything)([x[i] for x in xs]) for i in range(2)]
     assert any(loops)
     together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *one_by_one)
     chex.assert_trees_all_close(together, at_once, atol=1e-6)
@@ -743,9 +752,11 @@ def test_turning_back_undoes_turning(shape: tuple[int, int, int], block_size: in
 
     @jax.jit
     def there_and_back(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        basis, known = view.observe(view.init(x), view.matrices(x), 0.5)
-        (basis,) = refreshed([view], refreshed([view], [basis]))
-        return view.back(basis, view.turn(basis, x)), known
+        leaves = TurnedLeaves.of([x], [view])
+        bases, (known,) = leaves.observe((view.init(x),), leaves.matrices([x]), 0.5)
+        bases = refresh(leaves.views, refresh(leaves.views, bases))
+        coordinates = EigenbasisCoordinates(leaves, bases)
+        return coordinates.back(coordinates.turn([x]))[0], known
 
     back, known = there_and_back(x)
     assert known
@@ -789,19 +800,26 @@ def test_the_platform_chooses_how_to_orthonormalize(platform, method):
     assert calls(orthonormal) == calls(method) != calls(other)
 
 
-def test_bases_that_are_refreshed_together_are_those_refreshed_apart() -> None:
-    views, bases, rng = [], [], np.random.default_rng(0)
-    for shape in ((2, 4, 6), (2, 6, 4), (2, 2, 4), (3, 4, 4)):
-        view = matrix_view(shape, (1,), (2,), max_size=9, block_size=2)
-        assert view is not None
-        x = rng.normal(size=shape).astype(np.float32)
-        views.append(view)
-        bases.append(
-            jax.jit(lambda x, view=view: view.observe(view.init(x), view.matrices(x), 0.5)[0])(x)
+@pytest.mark.parametrize("stack_sharding", [None, on_one_device("x")])
+def test_bases_that_are_refreshed_together_are_those_refreshed_apart(
+    stack_sharding: NamedSharding | None,
+) -> None:
+    shapes = [(2, 4, 6), (2, 6, 4), (2, 2, 4), (3, 4, 4)]
+    rng = np.random.default_rng(0)
+    xs = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+
+    def observed(shape: tuple[int, ...], x: jax.Array) -> Any:
+        view = matrix_view(
+            shape, (1,), (2,), max_size=9, block_size=2, stack_sharding=stack_sharding
         )
-    step = jax.jit(refreshed, static_argnums=0)
+        leaves = TurnedLeaves.of([x], [view])
+        bases = (leaves.views[0].init(x),)
+        return leaves.views[0], leaves.observe(bases, leaves.matrices([x]), 0.5)[0][0]
+
+    views, bases = zip(*map(observed, shapes, xs), strict=True)
+    step = jax.jit(refresh, static_argnums=0)
     apart = tuple(step((view,), [basis])[0] for view, basis in zip(views, bases, strict=True))
-    chex.assert_trees_all_equal(step(tuple(views), bases), apart)
-    # Blocks of 2 x 2, in stacks of two and of three matrices.
-    program = jax.make_jaxpr(refreshed, static_argnums=0)(tuple(views), bases)
-    assert str(program).count(" qr[") == 2
+    chex.assert_trees_all_equal(step(views, bases), apart)
+    # All blocks are 2 x 2. Under `shard_map` all are one stack; the program has both platforms'.
+    program = str(jax.make_jaxpr(refresh, static_argnums=0)(views, bases))
+    assert program.count(" qr[") == 2
