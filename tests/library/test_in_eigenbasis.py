@@ -589,6 +589,72 @@ def test_a_stack_sharding_changes_no_number(name: str) -> None:
     chex.assert_trees_all_close(spread, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("estimator", ["hutchinson", "gauss_newton_bartlett"])
+def test_a_stack_sharding_changes_no_estimate(estimator: str) -> None:
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    params = {"w": 0.3 * jax.random.normal(KEYS[2], (3, 6, 6))}
+
+    def outputs(params: Tree) -> jax.Array:
+        return jax.lax.scan(lambda x, w: (x + jnp.tanh(x @ w), None), X, params["w"])[0]
+
+    def step(coordinates_are_spread: bool) -> Tree:
+        stacks = NamedSharding(mesh, PartitionSpec("data")) if coordinates_are_spread else None
+        tx = in_eigenbasis(
+            sophia_optax.scale_by_sophia(0.9, 0.9, gamma=1.0, update_interval=1),
+            block_size=3,
+            stack_sharding=stacks,
+        )
+
+        def loss_fn(params: Tree) -> jax.Array:
+            return optax.losses.softmax_cross_entropy_with_integer_labels(
+                outputs(params), LABELS
+            ).mean()
+
+        if estimator == "hutchinson":
+            hessian_fn = sophia_optax.hutchinson(loss_fn, params, num_probes=2)
+        else:
+            hessian_fn = sophia_optax.gauss_newton_bartlett(outputs, params)
+        state = tx.init(params)
+        return tx.update(jax.grad(loss_fn)(params), state, params, hessian_fn=hessian_fn)[1].inner
+
+    expected = jax.jit(step, static_argnums=0)(False)
+    chex.assert_trees_all_close(
+        jax.jit(step, static_argnums=0)(True), expected, rtol=1e-3, atol=1e-5
+    )
+
+
+def test_a_stack_sharding_works_without_jit_and_under_vmap() -> None:
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    grads = jax.random.normal(KEYS[2], (2, 3, 6, 4))
+
+    def step(g: jax.Array, stack_sharding: NamedSharding | None) -> Any:
+        tx = in_eigenbasis(optax.trace(0.9), block_size=2, stack_sharding=stack_sharding)
+        return tx.update(g, tx.init(g))
+
+    expected = [step(g, None) for g in grads]
+    spread = functools.partial(step, stack_sharding=NamedSharding(mesh, PartitionSpec("data")))
+    chex.assert_trees_all_close([spread(g) for g in grads], expected, rtol=1e-4, atol=1e-5)
+    together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *expected)
+    chex.assert_trees_all_close(jax.vmap(spread)(grads), together, rtol=1e-4, atol=1e-5)
+
+
+def test_more_parameters_are_no_more_products_for_a_tpu() -> None:
+    tx = in_eigenbasis(
+        optax.trace(0.9), basis_interval=1, block_size=2, stack_sharding=on_one_device("x")
+    )
+
+    def products(params: Tree) -> tuple[int, int]:
+        lowered = (
+            jax.jit(tx.update).trace(params, tx.init(params)).lower(lowering_platforms=("tpu",))
+        )
+        program = lowered.as_text()
+        return program.count("dot_general"), program.count("custom_call @Qr")
+
+    one = products([jnp.ones((2, 4, 6))])
+    assert min(one) > 0
+    assert products([jnp.ones((2, 4, 6)), jnp.ones((8, 4)), jnp.ones((3, 2, 2))]) == one
+
+
 @pytest.mark.parametrize("turns", [(True, True), (True, False), (False, True)])
 def test_a_loop_over_tiles_is_all_of_them_at_once(
     turns: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
