@@ -133,6 +133,9 @@ class Trainer:
         key: jax.Array | None = None,
     ) -> jax.Array:
         """The model as a function of its params; with a key, with dropout."""
+        # So that gradients are laid out as the params, whatever sharding the optimizer wants next:
+        # else the compiler sums whole gradients over the devices.
+        params = jax.lax.with_sharding_constraint(params, self.shardings.params)
         return nnx.merge(self.structure, params)(
             tokens_BxL,
             dtype=self.dtype,
@@ -198,9 +201,6 @@ class Trainer:
         tx, schedule = self.optimizer(point)
         key = self.dropout_key(state.step, point)
         loss, grads = self.loss_and_gradient(state.params, batch_BxL, key)
-        # As the params, whatever sharding the optimizer wants next: else the compiler sums whole
-        # gradients over the devices.
-        grads = jax.lax.with_sharding_constraint(grads, self.shardings.params)
         extra_args: dict[str, Any] = {}
         if self.run.optimizer.curvature:
             part = sophia_optax.curvature_batch(batch_BxL, self.run.curvature_batch)

@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import sophia_optax
-from sophia_optax import MatrixAxes, in_eigenbasis
+from sophia_optax import MatrixAxes, _eigenbasis, in_eigenbasis
 from sophia_optax._eigenbasis import householder_qr, orthonormal, shifted_cholesky_qr
 from sophia_optax._matrix_axes import matrix_view
 from sophia_optax._matrix_view import MatrixView
@@ -659,8 +659,9 @@ def test_more_parameters_are_no_more_products_for_a_tpu() -> None:
 def test_a_loop_over_tiles_is_all_of_them_at_once(
     turns: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Tiles of one size in matrices of several, one that no block divides, and a long side.
-    shapes = [(4, 4, 6), (2, 6, 4), (3, 8, 4), (1, 5, 4), (1, 19, 2)]
+    # Tiles of one size in matrices of several, one that no block divides, and a long side. Bases
+    # of 3 x 3: those of 2 x 2 are symmetric.
+    shapes = [(4, 3, 6), (2, 6, 3), (3, 9, 6), (1, 5, 6), (1, 19, 3)]
     xs = [np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32) for shape in shapes]
     views = [
         matrix_view(
@@ -669,7 +670,7 @@ def test_a_loop_over_tiles_is_all_of_them_at_once(
             (2,),
             turns=turns,
             max_size=19,
-            block_size=2,
+            block_size=3,
             stack_sharding=on_one_device("x"),
         )
         for shape in shapes
@@ -864,6 +865,13 @@ def test_the_platform_chooses_how_to_orthonormalize(platform, method):
 
     other = householder_qr if method is shifted_cholesky_qr else shifted_cholesky_qr
     assert calls(orthonormal) == calls(method) != calls(other)
+
+
+def test_what_pads_a_stack_makes_no_nan_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_eigenbasis, "orthonormal", shifted_cholesky_qr)  # as on GPUs
+    zeros = jnp.zeros((2, 3, 3))
+    with jax.debug_nans(True):
+        np.testing.assert_array_equal(_eigenbasis.power_step(zeros, zeros), zeros)
 
 
 @pytest.mark.parametrize("stack_sharding", [None, on_one_device("x")])
