@@ -631,11 +631,12 @@ def test_a_stack_sharding_works_without_jit_and_under_vmap() -> None:
         tx = in_eigenbasis(optax.trace(0.9), block_size=2, stack_sharding=stack_sharding)
         return tx.update(g, tx.init(g))
 
-    expected = [step(g, None) for g in grads]
+    whole = jax.jit(functools.partial(step, stack_sharding=None))
+    expected = [whole(g) for g in grads]
     spread = functools.partial(step, stack_sharding=NamedSharding(mesh, PartitionSpec("data")))
     chex.assert_trees_all_close([spread(g) for g in grads], expected, rtol=1e-4, atol=1e-5)
     together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *expected)
-    chex.assert_trees_all_close(jax.vmap(spread)(grads), together, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(jax.jit(jax.vmap(spread))(grads), together, rtol=1e-4, atol=1e-5)
 
 
 def test_more_parameters_are_no_more_products_for_a_tpu() -> None:
@@ -690,13 +691,14 @@ def test_a_loop_over_tiles_is_all_of_them_at_once(
         return (tpu or default)(*operands)
 
     loops: list[Any] = []
-    at_once = jax.vmap(everything)(xs)
+    at_once = jax.jit(jax.vmap(everything))(xs)
     monkeypatch.setattr(jax.lax, "platform_dependent", on_a_tpu)
-    one_by_one = [jax.jit(everything)([x[i] for x in xs]) for i in range(2)]
+    step = jax.jit(everything)
+    one_by_one = [step([x[i] for x in xs]) for i in range(2)]
     assert any(loops)
     together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *one_by_one)
     chex.assert_trees_all_close(together, at_once, atol=1e-6)
-    chex.assert_trees_all_close(jax.vmap(everything)(xs), at_once, atol=1e-6)
+    chex.assert_trees_all_close(jax.jit(jax.vmap(everything))(xs), at_once, atol=1e-6)
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
