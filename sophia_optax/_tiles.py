@@ -2,8 +2,9 @@
 
 XLA for TPU needs seconds to compile one product at the highest precision, and two for each matrix
 that QR takes at once. So on TPUs the blocks cut the matrices into tiles, and one loop takes those
-of all parameters: a hundred parameters compile as fast as one. Tiles of another size have a loop of
-their own. On other platforms one product takes all matrices of a parameter.
+of all parameters: a hundred parameters are as many products for the compiler as one. Tiles of
+another size have a loop of their own. On other platforms one product takes all matrices of a
+parameter.
 
 A loop takes its tiles from anywhere in an array. So `in_loops` is for arrays that each device has
 whole, as under `jax.shard_map`.

@@ -887,13 +887,14 @@ def pod_eigenbasis() -> str:
     }
     found = [
         row
-        for name in ("sophia_g_eigenbasis", "soap")
+        for name in ("sophia_g", "sophia_g_eigenbasis", "soap")
         for row in pods("over_adamw", topology="v5e:4x4", optimizer=name)
     ]
-    rows = [
-        [NAMES[row["optimizer"]], *(f"{row[f'{key}_over_adamw']:.3f}" for key in columns.values())]
-        for row in found
-    ]
+    rows = []
+    for row in found:
+        ratios = (row.get(f"{key}_over_adamw") for key in columns.values())
+        cells = ("–" if ratio is None else f"{ratio:.3f}" for ratio in ratios)
+        rows.append([NAMES[row["optimizer"]], *cells])
     return markdown(["", *columns], rows)
 
 
