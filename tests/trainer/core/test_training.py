@@ -347,6 +347,19 @@ def test_params_and_optimizer_state_are_born_in_shards():
             assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
 
 
+def test_derivatives_are_laid_out_as_the_params_whatever_takes_them():
+    trainer = trainer_on(8, MeshConfig(data=1, fsdp=4, tensor=2), optimizer="sophia_g")
+    batch, expected = batch_of(trainer), jax.tree.leaves(trainer.shardings.params)
+
+    def sum_of_logits(params):
+        return trainer.forward.logits(params, batch[:, :-1]).sum()
+
+    for function in (lambda params: trainer.loss(params, batch), sum_of_logits):
+        jaxpr = jax.make_jaxpr(jax.grad(function))(trainer.abstract_state.params).jaxpr
+        made = {var: equation for equation in jaxpr.eqns for var in equation.outvars}
+        assert [made[var].params.get("sharding") for var in jaxpr.outvars] == expected
+
+
 def test_no_device_holds_a_whole_matrix_while_the_params_are_born():
     trainer = trainer_on(8, MeshConfig(data=1, fsdp=4, tensor=2), optimizer="sophia_g")
     program = trainer.init.lower().compile().as_text()
