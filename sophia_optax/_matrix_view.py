@@ -54,7 +54,7 @@ class MatrixView:
         """
         # Under Explicit axes, sharded over the stack where that divides, so that nothing else is
         # communicated until `array`; otherwise every device has all of them.
-        wide = self.spread(x.astype(_arrays.at_least_float32(x.dtype)), self.spread_axis_of_array)
+        wide = self.spread_array(x.astype(_arrays.at_least_float32(x.dtype)))
         whole = _arrays.reshard(wide, PartitionSpec()).transpose(self.permutation)
         axis, view = self.spread_axis, self.view
         if axis is not None:
@@ -72,9 +72,10 @@ class MatrixView:
         sharding = _arrays.explicit_sharding(like)
         spec = PartitionSpec() if sharding is None else sharding.spec
         array = _arrays.reshard(transposed.transpose(inverse), spec)
+        spread = self.spread_array(array)
         if axis is None:
-            return self.spread(array, None)
-        return jax.lax.slice_in_dim(self.spread(array, axis), 0, self.shape[axis], axis=axis)
+            return spread
+        return jax.lax.slice_in_dim(spread, 0, self.shape[axis], axis=axis)
 
     @property
     def spread_axis(self) -> int | None:
@@ -104,8 +105,8 @@ class MatrixView:
             # Only where each device then has whole slices of the first axis.
             slices = -(-length // self.shards) * (stack // length)
             return first if slices == -(-stack // self.shards) else None
-        if self.spread_axis in (2, 4) and sides == 2:
-            return self.permutation[-2 if self.spread_axis == 2 else -1]
+        if self.spread_axis is not None and sides == 2:
+            return self.permutation[-2 if self.spread_axis in (1, 2) else -1]
         return None
 
     @property
@@ -146,6 +147,13 @@ class MatrixView:
             x = _arrays.pad_to_multiple(x, axis, self.shards)
         sharding = NamedSharding(self.stack_sharding.mesh, self.spec(x, axis))
         return jax.lax.with_sharding_constraint(x, sharding)
+
+    def spread_array(self, x: Array) -> Array:
+        """Cuts an array where that leaves each device its matrices, or its blocks of one."""
+        axis = self.spread_axis_of_array
+        if axis is not None and self.stack_sharding is not None and self.spread_axis in (1, 3):
+            x = _arrays.pad_to_multiple(x, axis, self.shards * self.view[self.spread_axis + 1])
+        return self.spread(x, axis)
 
     @property
     def spread_axes_of_basis(self) -> tuple[int | None, int | None, int | None, int | None]:

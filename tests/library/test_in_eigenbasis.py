@@ -623,6 +623,22 @@ def test_a_stack_sharding_changes_no_estimate(estimator: str) -> None:
     )
 
 
+@pytest.mark.parametrize("shape", [(32, 8), (8, 32)], ids=["rows", "columns"])
+def test_a_single_matrix_is_cut_along_its_blocks_and_not_gathered(shape: tuple[int, int]) -> None:
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    stacks = NamedSharding(mesh, PartitionSpec("data"))
+    columns, whole = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in ((None, "data"), ()))
+    tx = in_eigenbasis(optax.trace(0.9), basis_interval=1, block_size=4, stack_sharding=stacks)
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    state = jax.eval_shape(tx.init, x)
+    shardings = jax.tree.map(lambda leaf: columns if leaf.ndim == 2 else whole, state)
+    step = jax.jit(tx.update, in_shardings=(columns, shardings), out_shardings=(columns, shardings))
+    compiled = step.lower(x, state).compile()
+    assert hlo.collectives(compiled)
+    # The state is on all devices: they give each other the bases of eight blocks, of 16 numbers.
+    assert not hlo.collectives(compiled, more_than=8 * 16)
+
+
 def test_a_stack_sharding_works_without_jit_and_under_vmap() -> None:
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     grads = jax.random.normal(KEYS[2], (2, 3, 6, 4))
