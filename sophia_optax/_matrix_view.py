@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from sophia_optax import _arrays
+from sophia_optax import _arrays, _manual_axes
 from sophia_optax._eigenbasis import Basis
 
 
@@ -114,7 +114,7 @@ class MatrixView:
         """In how many parts `stack_sharding` cuts an axis; 1 without one."""
         if self.stack_sharding is None:
             return 1
-        names = _tuple(self.stack_sharding.spec[0])
+        names = _manual_axes.names(self.stack_sharding.spec[0])
         return math.prod(self.stack_sharding.mesh.shape[name] for name in names)
 
     def mesh(self, x: Array) -> Any:
@@ -182,7 +182,7 @@ class MatrixView:
         sharding = _arrays.explicit_sharding(like)
         if sharding is None:
             return stack
-        names = [name for axes in sharding.spec if axes is not None for name in _tuple(axes)]
+        names = [name for axes in sharding.spec for name in _manual_axes.names(axes)]
         divides = self.view[0] % math.prod(sharding.mesh.shape[name] for name in names) == 0
         spec = PartitionSpec(tuple(names)) if names and divides else PartitionSpec()
         return jax.sharding.reshard(stack, NamedSharding(sharding.mesh, spec))
@@ -224,8 +224,3 @@ def _of_sides(function: Callable[[Array, Any], Any], basis: Basis, values: Itera
     """Applies a function to the sides that there are, each with a value."""
     sides = zip(basis, values, strict=True)
     return Basis(*(None if side is None else function(side, value) for side, value in sides))
-
-
-def _tuple(axes: str | tuple[str, ...]) -> tuple[str, ...]:
-    """The names of the mesh axes of one dimension."""
-    return (axes,) if isinstance(axes, str) else axes

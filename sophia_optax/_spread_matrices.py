@@ -35,7 +35,7 @@ def turn(
       The turned matrices.
     """
     olds, news = _spread(views, olds), _spread(views, news)
-    specs = [view.spec(x, view.spread_axis) for view, x in zip(views, stacks, strict=True)]
+    specs = _stack_specs(views, stacks)
 
     def change(_: list[int], in_loops: bool, olds: Any, news: Any, stacks: Any) -> list[Array]:
         return _tiles.turn(olds, news, stacks, in_loops)
@@ -44,7 +44,7 @@ def turn(
         change,
         _meshes(views, stacks),
         (olds, news, stacks),
-        (_specs(views, olds), _specs(views, news), specs),
+        (_basis_specs(views, olds), _basis_specs(views, news), specs),
         specs,
     )
 
@@ -66,8 +66,8 @@ def products(
     """
     factors = [Basis(basis.left, basis.right, None, None) for basis in bases]
     factors = _spread(views, factors)
-    specs = [view.spec(x, view.spread_axis) for view, x in zip(views, stacks, strict=True)]
-    own_specs = _specs(views, factors)
+    specs = _stack_specs(views, stacks)
+    own_specs = _basis_specs(views, factors)
 
     def sums(members: list[int], in_loops: bool, factors: Any, stacks: Any) -> list[Basis]:
         parts = _tiles.products(factors, stacks, in_loops)
@@ -108,10 +108,10 @@ def refresh(views: Sequence[MatrixView], bases: Sequence[Basis]) -> tuple[Basis,
         return [Basis(None, None, *sides) for sides in new]
 
     spread = _spread(views, bases)
-    specs = _specs(views, spread)
+    specs = _basis_specs(views, spread)
     padded = _on_each_device(
         step,
-        [view.mesh(jax.tree.leaves(basis)[0]) for view, basis in zip(views, spread, strict=True)],
+        _meshes(views, [jax.tree.leaves(basis)[0] for basis in spread]),
         (spread,),
         (specs,),
         [spec._replace(left=None, right=None) for spec in specs],
@@ -170,11 +170,15 @@ def _meshes(views: Sequence[MatrixView], stacks: Sequence[Array]) -> list[Any]:
     return [view.mesh(x) for view, x in zip(views, stacks, strict=True)]
 
 
+def _stack_specs(views: Sequence[MatrixView], stacks: Sequence[Array]) -> list[Any]:
+    return [view.spec(x, view.spread_axis) for view, x in zip(views, stacks, strict=True)]
+
+
 def _spread(views: Sequence[MatrixView], bases: Sequence[Any]) -> list[Any]:
     return [basis and view.spread_basis(basis) for view, basis in zip(views, bases, strict=True)]
 
 
-def _specs(views: Sequence[MatrixView], bases: Sequence[Any]) -> list[Any]:
+def _basis_specs(views: Sequence[MatrixView], bases: Sequence[Any]) -> list[Any]:
     return [basis and view.basis_specs(basis) for view, basis in zip(views, bases, strict=True)]
 
 

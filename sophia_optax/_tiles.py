@@ -121,10 +121,9 @@ def _products_of_each(factors: list[Basis], stacks: list[Array]) -> list[Basis]:
 
 def _turn_tiles(pairs: list[Any], stacks: list[Array]) -> list[Array]:
     """As `_turn_each`, in loops."""
-    result = [*stacks]
-    for members in _alike(pairs, stacks):
-        own, xs = [pairs[i] for i in members], [stacks[i] for i in members]
-        tiles = [_tiles_of(pair, x) for pair, x in zip(own, xs, strict=True)]
+    result, cut = [*stacks], [_tiles_of(*own) for own in zip(pairs, stacks, strict=True)]
+    for members in _alike(pairs, cut):
+        own, tiles = [pairs[i] for i in members], [cut[i] for i in members]
         blocks = jax.tree.map(lambda *sides: _concatenate(sides), *own)
 
         def turn_one(at: Any, blocks: Any = blocks) -> Array:
@@ -133,17 +132,16 @@ def _turn_tiles(pairs: list[Any], stacks: list[Array]) -> list[Array]:
             return _eigenbasis.turn(old, new, tile[None, None, :, None])[0, 0, :, 0]
 
         turned = jax.lax.map(turn_one, (_concatenate(tiles), _places(tiles)))
-        for i, x, part in zip(members, xs, _split(turned, tiles), strict=True):
-            result[i] = _matrices_of(part, x)
+        for i, part in zip(members, _split(turned, tiles), strict=True):
+            result[i] = _matrices_of(part, stacks[i])
     return result
 
 
 def _products_of_tiles(factors: list[Basis], stacks: list[Array]) -> list[Basis]:
     """As `_products_of_each`, in loops."""
-    result = [*factors]
-    for members in _alike(factors, stacks):
-        own = [factors[i] for i in members]
-        tiles = [_tiles_of(factors[i], stacks[i]) for i in members]
+    result, cut = [*factors], [_tiles_of(*own) for own in zip(factors, stacks, strict=True)]
+    for members in _alike(factors, cut):
+        own, tiles = [factors[i] for i in members], [cut[i] for i in members]
 
         def add_one(sums: Basis, at: Any) -> tuple[Basis, None]:
             tile, places = at
@@ -171,12 +169,14 @@ def _power_step_in_turns(factors: Float[Array, "n a a"], bases: Float[Array, "n 
     return jax.lax.map(step, turns).reshape(bases.shape)
 
 
-def _alike(bases: Sequence[Any], stacks: Sequence[Array]) -> Iterable[list[int]]:
+def _alike(
+    bases: Sequence[Any], tiles: Sequence[Float[Array, "_s _p _q _c _d"]]
+) -> Iterable[list[int]]:
     """The numbers of parameters whose tiles have one size and turn the same sides."""
     kinds: dict[Any, list[int]] = {}
-    for number, (own, x) in enumerate(zip(bases, stacks, strict=True)):
-        *_, a, b = jax.eval_shape(_tiles_of, own, x).shape
-        kinds.setdefault((jax.tree.structure(own), a, b, x.dtype), []).append(number)
+    for number, (own, x) in enumerate(zip(bases, tiles, strict=True)):
+        kind = jax.tree.structure(own), x.shape[3:], x.dtype
+        kinds.setdefault(kind, []).append(number)
     return kinds.values()
 
 
