@@ -8,7 +8,6 @@ scikit-learn's digits, whose Hessian is small enough to be formed.
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
+import tyro
 from sklearn.datasets import load_digits
 
 import sophia_optax
@@ -153,9 +153,12 @@ def plot(paths: dict[str, Any], hessians: dict[str, np.ndarray], path: Path) -> 
     plt.close(figure)
 
 
-def main() -> None:
-    """Computes both, writes the numbers and the picture; with `--quick`, in small, to runs/."""
-    quick = "--quick" in sys.argv[1:]
+def main(quick: bool = False) -> None:
+    """Computes both bases and writes the numbers and the picture.
+
+    Args:
+      quick: small, and written to runs/.
+    """
     folder = Path("runs") if quick else RESULTS
     folder.mkdir(parents=True, exist_ok=True)
     paths = {
@@ -174,4 +177,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

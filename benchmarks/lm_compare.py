@@ -17,6 +17,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import tyro
 
 from benchmarks.lib.provenance import RESULTS, provenance
 
@@ -84,9 +85,12 @@ def plot(metrics: list[list[dict[str, Any]]], bigram_loss: float, path: Path) ->
     figure.savefig(path, dpi=120)
 
 
-def main() -> None:
-    """Runs what is missing and writes the results; with `--quick`, a few steps, to runs/."""
-    quick = "--quick" in sys.argv[1:]
+def main(quick: bool = False) -> None:
+    """Runs what is missing and writes the results.
+
+    Args:
+      quick: a few steps, written to runs/.
+    """
     seeds, results = (SEEDS[:1], Path("runs")) if quick else (SEEDS, RESULTS)
     origin = provenance("benchmarks.lm_compare")
     summaries, metrics = zip(*(run(seed, quick) for seed in seeds), strict=True)
@@ -105,4 +109,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

@@ -30,6 +30,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import tyro
 
 from benchmarks.lib.provenance import RESULTS, provenance
 from examples.lm import plan
@@ -215,12 +216,17 @@ SHAPES = {
 }
 
 
-def main() -> None:
-    """Measures and writes the results; with `--quick`, in small and only for this device."""
-    if "--quick" in sys.argv[1:]:
+def main(quick: bool = False, qr: bool = False) -> None:
+    """Measures and writes the results.
+
+    Args:
+      quick: small, for this device only, and not written.
+      qr: prints the seconds of QR alone, with the threads that the environment sets.
+    """
+    if quick:
         print(json.dumps(on_this_device(2, 16, 2)))
         return
-    if "--qr" in sys.argv[1:]:
+    if qr:
         print(json.dumps([qr_seconds(*shape) for shape in SHAPES["cpu"]]))
         return
     # A cached program would compile in no time.
@@ -250,4 +256,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

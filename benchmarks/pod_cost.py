@@ -24,6 +24,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import tyro
 
 from benchmarks.lib.programs import flops_with_bases_in_each_step
 from benchmarks.lib.provenance import RESULTS, commit, provenance
@@ -172,9 +173,13 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
-    """Compiles what is missing and writes the results; with `--quick`, shows one small plan."""
-    if "--quick" in sys.argv[1:]:
+def main(quick: bool = False) -> None:
+    """Compiles what is missing and writes the results.
+
+    Args:
+      quick: one small plan, not written.
+    """
+    if quick:
         print(json.dumps(planned(Plan("sophia_g", TOPOLOGIES[4], model="tiny"))))
         return
     RESULTS.mkdir(parents=True, exist_ok=True)
@@ -193,4 +198,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

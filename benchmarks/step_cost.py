@@ -13,7 +13,6 @@ import dataclasses
 import functools
 import importlib.util
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -27,6 +26,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import tyro
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
 
@@ -378,9 +378,12 @@ def plot(runs: dict[str, Row], scope: Scope, path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
-    """Measures what is missing and writes the results."""
-    quick = "--quick" in sys.argv[1:]
+def main(quick: bool = False) -> None:
+    """Measures what is missing and writes the results.
+
+    Args:
+      quick: small, and written to runs/.
+    """
     scope = QUICK if quick else Scope()
     MODELS.update(SIZES | WIDTHS)
     path = (Path("runs") if quick else RESULTS) / "step_cost.json"
@@ -403,4 +406,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

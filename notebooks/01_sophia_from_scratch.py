@@ -94,7 +94,8 @@ for point in ([1.0, 4.0], [0.0, 4.0], [0.2, 0.0]):
 # \end{aligned}$$
 #
 # $\bar h = h / (1 - \beta_2^n)$ corrects for $h$ having started at zero, $n$ refreshes ago. (The
-# paper does not correct it; `bias_correction=False` is the paper's.)
+# paper does not correct it; `bias_correction=False` is the paper's. The library also uses $|h|$
+# instead of $h$; `absolute_curvature=False` is the paper's.)
 #
 # $\hat h$ is an estimate of the Hessian's diagonal. Hutchinson's takes random signs $u$ and returns
 # $u \odot (\nabla^2 L\, u)$. Its mean is the diagonal, and the product with $u$ costs a few

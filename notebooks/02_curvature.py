@@ -227,7 +227,8 @@ plt.show()
 # hardly depends on the number of examples: it is the noise of the probe, and more data do not
 # remove it. The number of examples matters only for many probes (dashed).
 #
-# So a refresh on a part of the batch is nearly as good and costs that part. The paper uses 32 of
+# So here a refresh on a part of the batch is nearly as good and costs that part. On a language
+# model this holds for Gauss-Newton-Bartlett; Hutchinson's error grows there. The paper uses 32 of
 # 480 sequences for Sophia-H and 240 for Sophia-G. `sophia_optax.curvature_batch(batch, size)`
 # selects a part without moving data between devices.
 #

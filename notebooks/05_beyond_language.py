@@ -110,7 +110,7 @@ def fit(model, loss_fn, curvature, gamma=None, steps=100, batch_size=64):
         record = step(model, optimizer, (images[rows], labels[rows]))
         if number % 10 == 0:
             found = sophia_optax.diagnostics(optimizer.opt_state)
-            record |= {"win_rate": found.win_rate[...], "gamma": found.gamma[...]}
+            record |= {"win_rate": found.win_rate, "gamma": found.gamma}
             history.append({"step": number, **jax.tree.map(float, record)})
     return history
 

@@ -105,9 +105,9 @@ def sophia_h(
       mapping of keywords for `in_eigenbasis`. It is ours, not the paper's.
 
     Returns:
-      A transformation whose `update(grads, state, params, hessian_fn=...)` needs the params. In
-      place of `hessian_fn`, it takes `obj_fn`, params to loss, as `optax.contrib.sophia` does, and
-      makes one Rademacher probe of it. `refresh` is as in `scale_by_sophia`.
+      A transformation whose `update(grads, state, params, hessian_fn=...)` needs the params.
+      Instead of `hessian_fn`, it takes `obj_fn`, params to loss, as `optax.contrib.sophia` does,
+      and makes one Rademacher probe of it. `refresh` is as in `scale_by_sophia`.
 
     Raises:
       TypeError: if a hyperparameter is a callable or not a number.

@@ -19,7 +19,8 @@ class SophiaDiagnostics(NamedTuple):
       rejected: the number of estimates that were dropped as not finite, or larger than
         `max_estimate_ratio` allows, `i32[]`. If it grows, the curvature overflows.
       win_rate: the share of coordinates that were not clipped at the last accepted refresh,
-        `f32[]`. The paper tunes gamma until it lies between 0.1 and 0.5. Near 0, raise gamma.
+        `f32[]`. The paper tunes gamma until it lies between 0.1 and 0.5. Near 0, raise gamma or
+        the target.
       gamma: γ of the last update, `f32[]`, fixed or from a `win_rate_target`; the geometric mean
         over the coordinates if the target is per tensor.
     """

@@ -72,7 +72,7 @@ def hutchinson(
       probe_chunk: the number of probes to compute at the same time; it divides `num_probes`. Memory
         grows with it.
       distribution: "rademacher" (random signs) or "gaussian" (the paper's).
-      mode: how the Hessian-vector product is taken, see the top of this module.
+      mode: how the Hessian-vector product is taken, see `docs/concepts/differentiation.md`.
       axis_name: the mesh axes that the batch is split over and the params are not, in a
         `jax.shard_map` or `jax.pmap`: the loss is then averaged over them.
 

@@ -73,7 +73,7 @@ def in_eigenbasis(
     """Runs a coordinate-wise transformation in the Kronecker eigenbasis of each matrix.
 
     On a CPU, set the environment variable OPENBLAS_NUM_THREADS to 1 before JAX calls LAPACK: with
-    more threads a refresh of the bases takes several times as long, see `docs/gotchas.md`.
+    more threads a refresh of the bases can take several times as long, see `docs/gotchas.md`.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, sophia_optax
@@ -105,13 +105,13 @@ def in_eigenbasis(
         alone: `scale_by_sophia`, `optax.scale_by_adam`, `optax.scale_by_lion`, .... It sees
         gradients and params in the turned coordinates.
       basis_interval: f, the bases are refreshed every f-th step, the first included. Default: as
-        often as Sophia's curvature; at large batches a smaller interval is better.
-      decay: β, of the averages of G Gᵀ and Gᵀ G, in [0, 1). Default: ours; 0.8 to 0.95 made no
-        difference beyond the noise, see `docs/concepts/eigenbasis.md`.
+        often as Sophia's curvature. The best points of `benchmarks/lm_race.py` have 1, which takes
+        more time a step.
+      decay: β, of the averages of G Gᵀ and Gᵀ G, in [0, 1). Default: ours, not tuned.
       max_size: the longest side that has a basis; longer ones stay in their own axes.
-      block_size: sides are cut into blocks of the largest divisor up to this, each with a basis of
-        its own, unless that is below a quarter of it. None does not cut: L, R and their bases then
-        take 2m² + 2n² numbers for a parameter of m x n.
+      block_size: cuts each side into equal blocks with a basis each, of the side's largest divisor
+        up to this. A side whose largest divisor is below a quarter of it is not cut. None cuts no
+        side: L, R and their bases then take 2m² + 2n² numbers for a parameter of m x n.
       dimension_numbers: which axes make up the matrices, see `MatrixAxes`. None takes the last two
         axes of each parameter that has at least two, and stacks the others, as in layers under
         `jax.lax.scan` and in convolutions. Give attention kernels of shape

@@ -45,7 +45,7 @@ class Coordinates(Protocol):
 
 @runtime_checkable
 class HessianFn(Protocol):
-    """An estimate of the diagonal of the Hessian, waiting to be asked for.
+    """A function that draws an estimate of the Hessian's diagonal.
 
     The transform calls it inside `lax.cond`, on every `update_interval`-th step only. It closes
     over the whole params and over a batch. That is why it works under `optax.masked` and

@@ -328,7 +328,7 @@ OPTIMIZERS = {
     "sophia_h_eigenbasis": Optimizer(
         sophia_h,
         tiny=Hyperparameters(
-            8e-3, b1=0.8, b2=0.95, gamma=0.02, weight_decay=0.1, warmup=0.05, basis_interval=10
+            8e-3, b1=0.8, b2=0.95, gamma=0.01, weight_decay=0.1, warmup=0.05, basis_interval=1
         ),
         large=Hyperparameters(
             1e-3, b1=0.9, b2=0.95, gamma=0.02, weight_decay=0.1, warmup=0.02, basis_interval=10
