@@ -25,7 +25,6 @@ from the authors' SOAP:
 6. A gradient whose squares are not finite counts as zero for that step, and is counted.
 """
 
-import functools
 import inspect
 from typing import Any, NamedTuple, cast
 
@@ -35,7 +34,7 @@ import optax
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
-from sophia_optax import _arrays, _checks, _spread_matrices, _trees
+from sophia_optax import _arrays, _checks, _manual_axes, _spread_matrices, _trees
 from sophia_optax._eigenbasis import Basis
 from sophia_optax._matrix_axes import DimensionNumbers, matrix_views
 from sophia_optax._matrix_view import MatrixView
@@ -203,12 +202,13 @@ def in_eigenbasis(
             **extra_args,
         )
         moved = turned.without_rounding(moved, inner_state, turned_gradients)
+        bad = [jnp.zeros((), jnp.float32), *(jnp.float32(~jnp.asarray(own)) for own in finite)]
         new_state = InEigenbasisState(
             count=_arrays.increment(state.count),
             rejected=jnp.where(
-                functools.reduce(jnp.logical_and, finite, True),
-                state.rejected,
+                _manual_axes.sum_of_all_shards(bad) > 0,
                 _arrays.increment(state.rejected),
+                state.rejected,
             ),
             bases=bases or state.bases,
             inner=jax.tree.map(_restore_dtype, inner_state, state.inner, is_leaf=_trees.is_absent),

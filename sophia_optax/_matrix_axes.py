@@ -1,5 +1,6 @@
 """Which axes of which parameters make up matrices, and which sides of these have a basis."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
@@ -7,9 +8,9 @@ from typing import Any, Literal, NamedTuple, TypeAlias, cast
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
-from sophia_optax import _arrays, _checks, _trees
+from sophia_optax import _arrays, _checks, _manual_axes, _trees
 from sophia_optax._matrix_view import MatrixView
 from sophia_optax._types import Params
 
@@ -72,7 +73,7 @@ def matrix_views(
             ) from error
 
     def view(path: Any, leaf: Any, own: Any) -> MatrixView | None:
-        if own is None or not _arrays.is_inexact(leaf):
+        if own is None or not _arrays.is_inexact(leaf) or _arrays.is_complex(leaf):
             return None
         if isinstance(own, optax.contrib.MuonDimensionNumbers):
             own = MatrixAxes(cast(Any, own.reduction_axis), cast(Any, own.output_axis))
@@ -85,7 +86,7 @@ def matrix_views(
                 f"shape {jnp.shape(leaf)}. Name each axis at most once, from {-ndim} to {ndim - 1}."
             )
         _checks.check_choice("turn", own.turn, ("both", "left", "right"))
-        return matrix_view(
+        found = matrix_view(
             jnp.shape(leaf),
             left,
             right,
@@ -94,6 +95,13 @@ def matrix_views(
             block_size=block_size,
             stack_sharding=stack_sharding,
         )
+        sharding = _arrays.explicit_sharding(leaf)
+        if found is None or sharding is None:
+            return found
+        names = [name for axes in sharding.spec for name in _manual_axes.names(axes)]
+        divides = found.view[0] % math.prod(sharding.mesh.shape[name] for name in names) == 0
+        spec = PartitionSpec(tuple(names)) if names and divides else PartitionSpec()
+        return dataclasses.replace(found, explicit=NamedSharding(sharding.mesh, spec))
 
     return [view(path, leaf, own) for (path, leaf), own in zip(flat, axes, strict=True)]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from sophia_optax import _arrays, _manual_axes
@@ -33,6 +33,9 @@ class MatrixView:
       turns_right: whether the columns have a basis.
       stack_sharding: how a stack is spread over the devices under Auto axes, the sharding of its
         one axis; None leaves that to the compiler.
+      explicit: the sharding of the stack under Explicit axes, over the mesh axes of the parameter
+        where it divides. It holds for all that is turned with the parameter: gradients and momenta
+        may lie otherwise.
     """
 
     permutation: tuple[int, ...]
@@ -42,6 +45,7 @@ class MatrixView:
     turns_left: bool
     turns_right: bool
     stack_sharding: NamedSharding | None = None
+    explicit: NamedSharding | None = None
 
     def matrices(self, x: Array) -> Float[Array, "s i a j b"]:
         """Views an array as matrices in blocks, in float32 at least.
@@ -59,7 +63,7 @@ class MatrixView:
         axis, view = self.spread_axis, self.view
         if axis is not None:
             view = (*view[:axis], -1, *view[axis + 1 :])
-        return self.spread(self.sharded(whole.reshape(view), x), self.spread_axis)
+        return self.spread(self.sharded(whole.reshape(view)), self.spread_axis)
 
     def array(self, matrices: Float[Array, "s i a j b"], like: Array) -> Array:
         """Undoes `matrices`, but for the dtype, in the sharding of the array."""
@@ -117,35 +121,34 @@ class MatrixView:
         names = _manual_axes.names(self.stack_sharding.spec[0])
         return math.prod(self.stack_sharding.mesh.shape[name] for name in names)
 
-    def mesh(self, x: Array) -> Any:
+    @property
+    def mesh(self) -> Any:
         """The mesh over which matrices, or sides, are spread; None where only XLA knows."""
-        if (sharding := _arrays.explicit_sharding(x)) is not None:
-            return sharding.mesh if {*sharding.mesh.axis_types} == {AxisType.Explicit} else None
-        return None if self.stack_sharding is None else self.stack_sharding.mesh
+        sharding = self.explicit or self.stack_sharding
+        return None if sharding is None else sharding.mesh
 
-    def spec(self, x: Array, axis: int | None) -> PartitionSpec:
+    def spec(self, axis: int | None) -> PartitionSpec:
         """How matrices, or factors and bases, are spread over that mesh.
 
         Args:
-          x: the array.
-          axis: which of its axes `stack_sharding` cuts.
+          axis: which of the axes `stack_sharding` cuts.
 
         Returns:
           The spec.
         """
-        if (sharding := _arrays.explicit_sharding(x)) is not None:
-            return sharding.spec
+        if self.explicit is not None:
+            return self.explicit.spec
         if axis is None or self.stack_sharding is None:
             return PartitionSpec()
         return PartitionSpec(*[None] * axis, *self.stack_sharding.spec)
 
     def spread(self, x: Array, axis: int | None) -> Array:
         """Cuts an axis of an array as `stack_sharding` says, under Auto axes; None cuts none."""
-        if self.stack_sharding is None or _arrays.explicit_sharding(x) is not None:
+        if self.stack_sharding is None or self.explicit is not None:
             return x
         if axis is not None:
             x = _arrays.pad_to_multiple(x, axis, self.shards)
-        sharding = NamedSharding(self.stack_sharding.mesh, self.spec(x, axis))
+        sharding = NamedSharding(self.stack_sharding.mesh, self.spec(axis))
         return jax.lax.with_sharding_constraint(x, sharding)
 
     def spread_array(self, x: Array) -> Array:
@@ -169,7 +172,7 @@ class MatrixView:
 
     def basis_specs(self, basis: Basis) -> Any:
         """The `spec` of each side."""
-        return _of_sides(self.spec, basis, self.spread_axes_of_basis)
+        return _of_sides(lambda _, axis: self.spec(axis), basis, self.spread_axes_of_basis)
 
     def whole_basis(self, basis: Basis) -> Basis:
         """Undoes the padding of `spread_basis`."""
@@ -177,15 +180,9 @@ class MatrixView:
         blocks = left_blocks, right_blocks, left_blocks, right_blocks
         return _of_sides(lambda side, n: side[:stack, :n], basis, blocks)
 
-    def sharded(self, stack: Array, like: Any) -> Array:
-        """Shards a stack over the mesh axes of an array, where it divides."""
-        sharding = _arrays.explicit_sharding(like)
-        if sharding is None:
-            return stack
-        names = [name for axes in sharding.spec for name in _manual_axes.names(axes)]
-        divides = self.view[0] % math.prod(sharding.mesh.shape[name] for name in names) == 0
-        spec = PartitionSpec(tuple(names)) if names and divides else PartitionSpec()
-        return jax.sharding.reshard(stack, NamedSharding(sharding.mesh, spec))
+    def sharded(self, stack: Array) -> Array:
+        """Shards a stack as the parameter is, under Explicit axes."""
+        return stack if self.explicit is None else jax.sharding.reshard(stack, self.explicit)
 
     def init(self, like: Any) -> Basis:
         """Zero factors, and the identity as bases."""
@@ -195,13 +192,14 @@ class MatrixView:
         def factor(turns: bool, blocks: int, size: int) -> Array | None:
             if not turns:
                 return None
-            return self.sharded(jnp.zeros((stack, blocks, size, size), dtype), like)
+            zeros = self.sharded(jnp.zeros((stack, blocks, size, size), dtype))
+            return _manual_axes.vary_like(zeros, like)
 
         def identity(turns: bool, blocks: int, size: int) -> Array | None:
             if not turns:
                 return None
             eye = jnp.broadcast_to(jnp.eye(size, dtype=dtype), (stack, blocks, size, size))
-            return self.sharded(jnp.array(eye), like)
+            return _manual_axes.vary_like(self.sharded(jnp.array(eye)), like)
 
         return Basis(
             left=factor(self.turns_left, left_blocks, left),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float
 
 from sophia_optax import _manual_axes, _tiles
@@ -35,14 +35,14 @@ def turn(
       The turned matrices.
     """
     olds, news = _spread(views, olds), _spread(views, news)
-    specs = _stack_specs(views, stacks)
+    specs = _stack_specs(views)
 
     def change(_: list[int], in_loops: bool, olds: Any, news: Any, stacks: Any) -> list[Array]:
         return _tiles.turn(olds, news, stacks, in_loops)
 
     return _on_each_device(
         change,
-        _meshes(views, stacks),
+        _meshes(views),
         (olds, news, stacks),
         (_basis_specs(views, olds), _basis_specs(views, news), specs),
         specs,
@@ -66,7 +66,7 @@ def products(
     """
     factors = [Basis(basis.left, basis.right, None, None) for basis in bases]
     factors = _spread(views, factors)
-    specs = _stack_specs(views, stacks)
+    specs = _stack_specs(views)
     own_specs = _basis_specs(views, factors)
 
     def sums(members: list[int], in_loops: bool, factors: Any, stacks: Any) -> list[Basis]:
@@ -82,9 +82,7 @@ def products(
 
         return [total(i, sums) for i, sums in zip(members, parts, strict=True)]
 
-    padded = _on_each_device(
-        sums, _meshes(views, stacks), (factors, stacks), (own_specs, specs), own_specs
-    )
+    padded = _on_each_device(sums, _meshes(views), (factors, stacks), (own_specs, specs), own_specs)
     return [view.whole_basis(own) for view, own in zip(views, padded, strict=True)]
 
 
@@ -111,7 +109,7 @@ def refresh(views: Sequence[MatrixView], bases: Sequence[Basis]) -> tuple[Basis,
     specs = _basis_specs(views, spread)
     padded = _on_each_device(
         step,
-        _meshes(views, [jax.tree.leaves(basis)[0] for basis in spread]),
+        _meshes(views),
         (spread,),
         (specs,),
         [spec._replace(left=None, right=None) for spec in specs],
@@ -157,6 +155,11 @@ def _on_each_device(
             call = jax.shard_map(
                 call,
                 mesh=mesh,
+                axis_names={
+                    name
+                    for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+                    if kind != AxisType.Manual
+                },
                 in_specs=tuple(map(take, in_specs)),
                 out_specs=take(out_specs),
                 check_vma=False,
@@ -166,12 +169,12 @@ def _on_each_device(
     return results
 
 
-def _meshes(views: Sequence[MatrixView], stacks: Sequence[Array]) -> list[Any]:
-    return [view.mesh(x) for view, x in zip(views, stacks, strict=True)]
+def _meshes(views: Sequence[MatrixView]) -> list[Any]:
+    return [view.mesh for view in views]
 
 
-def _stack_specs(views: Sequence[MatrixView], stacks: Sequence[Array]) -> list[Any]:
-    return [view.spec(x, view.spread_axis) for view, x in zip(views, stacks, strict=True)]
+def _stack_specs(views: Sequence[MatrixView]) -> list[Any]:
+    return [view.spec(view.spread_axis) for view in views]
 
 
 def _spread(views: Sequence[MatrixView], bases: Sequence[Any]) -> list[Any]:

@@ -29,12 +29,14 @@ class TurnedLeaves(NamedTuple):
       treedef: the structure of the tree, with a leaf for each absent node.
       indices: which of the leaves have a basis.
       paths: their paths.
+      all_paths: those of all leaves.
       views: how they are read as matrices.
     """
 
     treedef: Any
     indices: tuple[int, ...]
     paths: tuple[str, ...]
+    all_paths: frozenset[str]
     views: tuple[MatrixView, ...]
 
     @classmethod
@@ -48,7 +50,8 @@ class TurnedLeaves(NamedTuple):
             if view is not None
         ]
         indices, paths, own = zip(*chosen, strict=True) if chosen else ((), (), ())
-        return cls(treedef, indices, paths, own)
+        all_paths = frozenset(jax.tree_util.keystr(path) for path, _ in flat)
+        return cls(treedef, indices, paths, all_paths, own)
 
     def matrices(self, updates: PyTree[Any]) -> list[Array | None]:
         """Reads gradients as matrices, once for all that needs them; None without a gradient."""
@@ -158,11 +161,13 @@ class TurnedLeaves(NamedTuple):
         found = []
         for position, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(inner_state)):
             for depth, key in enumerate(path):
-                if getattr(key, "name", getattr(key, "key", None)) in MOMENTUM_NAMES:
-                    owner = owners.get(jax.tree_util.keystr(path[depth + 1 :]))
-                    if owner is not None:
-                        found.append(Momentum(position, owner, leaf))
-                        break
+                # The longest one: the path of a parameter below "mu" may end with another one's.
+                parameter = jax.tree_util.keystr(path[depth + 1 :])
+                if parameter in self.all_paths:
+                    name = getattr(key, "name", getattr(key, "key", None))
+                    if name in MOMENTUM_NAMES and parameter in owners:
+                        found.append(Momentum(position, owners[parameter], leaf))
+                    break
         return found
 
     def with_momenta(self, inner_state: Any, values: list[Array]) -> Any:

@@ -717,6 +717,97 @@ def test_a_loop_over_tiles_is_all_of_them_at_once(
     chex.assert_trees_all_close(jax.jit(jax.vmap(everything))(xs), at_once, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "params_spec, gradient_spec",
+    [(("a", "b"), ("b", "a")), ((("a", "b"),), (("b", "a"),)), ((), ("a",)), (("a",), ())],
+)
+def test_a_gradient_laid_out_otherwise_than_its_explicit_params_gives_the_same_numbers(
+    params_spec: Any, gradient_spec: Any
+) -> None:
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    gradient = jax.random.normal(KEYS[0], (8, 4, 6))
+    tx = in_eigenbasis(optax.clip(0.3), basis_interval=1)
+    updates, state = jax.jit(tx.update)(gradient, tx.init(gradient))
+    with jax.set_mesh(mesh):
+        params = jax.device_put(gradient, NamedSharding(mesh, PartitionSpec(*params_spec)))
+        laid_out = jax.device_put(gradient, NamedSharding(mesh, PartitionSpec(*gradient_spec)))
+        found, found_state = jax.jit(tx.update)(laid_out, jax.jit(tx.init)(params), params)
+    chex.assert_trees_all_close(found, updates, atol=1e-5)
+    chex.assert_trees_all_close(found_state, state, atol=1e-4)
+
+
+def test_a_mesh_of_explicit_and_auto_axes_gives_the_same_numbers() -> None:
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Explicit, AxisType.Auto))
+    gradient = jax.random.normal(KEYS[0], (8, 4, 6))
+    tx = soap(basis_interval=1)
+    expected = jax.jit(tx.update)(gradient, tx.init(gradient))
+    with jax.set_mesh(mesh):
+        laid_out = jax.device_put(gradient, NamedSharding(mesh, PartitionSpec("a")))
+        found = jax.jit(tx.update)(laid_out, jax.jit(tx.init)(laid_out))
+    chex.assert_trees_all_close(found, expected, atol=1e-4)
+
+
+def test_params_as_shards_in_a_shard_map_give_the_numbers_of_jit() -> None:
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    gradient = {"w": jax.random.normal(KEYS[0], (8, 4, 6)), "b": jnp.ones(8)}
+    bad = jax.tree.map(lambda x: x.at[0].set(jnp.inf), gradient)
+    tx = soap(basis_interval=1)
+
+    def two_steps(first: Tree, second: Tree, state: Any) -> Any:
+        _, state = tx.update(first, state)
+        return tx.update(second, state)
+
+    state = tx.init(gradient)
+    specs = jax.tree.map(lambda x: PartitionSpec("d") if x.ndim else PartitionSpec(), state)
+    spec = PartitionSpec("d")
+    on_shards = jax.jit(
+        jax.shard_map(two_steps, mesh=mesh, in_specs=(spec, spec, specs), out_specs=(spec, specs))
+    )
+    found = on_shards(gradient, gradient, state)
+    chex.assert_trees_all_close(found, jax.jit(two_steps)(gradient, gradient, state), atol=1e-5)
+    assert on_shards(gradient, bad, state)[1].rejected == 1
+    begun = jax.shard_map(
+        lambda g: tx.update(g, tx.init(g))[0], mesh=mesh, in_specs=spec, out_specs=spec
+    )
+    assert jax.jit(begun)(gradient)["w"].shape == (8, 4, 6)
+
+
+def test_a_parameter_below_a_key_named_as_a_momentum_is_not_taken_for_one() -> None:
+    def after_four(name: str) -> Any:
+        gradient = {name: {"w": PARAMS["up"]}, "w": PARAMS["up"][::-1]}
+        tx = soap(basis_interval=1)
+        state = tx.init(gradient)
+        for _ in range(4):
+            updates, state = jax.jit(tx.update)(gradient, state)
+        return updates, state.inner.nu
+
+    chex.assert_trees_all_equal(
+        jax.tree.leaves(after_four("mu")), jax.tree.leaves(after_four("mean"))
+    )
+
+
+def test_complex_matrices_stay_in_their_own_axes() -> None:
+    gradient = jax.random.normal(KEYS[0], (4, 3)) + 1j * jax.random.normal(KEYS[1], (4, 3))
+    tx = in_eigenbasis(optax.trace(0.0), basis_interval=1)
+    state = tx.init(gradient)
+    for _ in range(3):
+        updates, state = tx.update(gradient, state)
+    chex.assert_trees_all_equal(updates, gradient)
+
+
+def test_a_gradient_of_the_second_matrix_that_is_not_finite_is_counted() -> None:
+    tx = soap()
+    gradient = {**PARAMS, "up": PARAMS["up"].at[0, 0].set(jnp.nan)}
+    assert list(PARAMS) != sorted(PARAMS)  # "down" comes first
+    assert tx.update(gradient, tx.init(PARAMS))[1].rejected == 1
+
+
+def test_a_power_step_keeps_the_axes_in_which_the_factor_is_zero() -> None:
+    q = jnp.linalg.qr(jax.random.normal(KEYS[5], (8, 8)))[0]
+    new = _eigenbasis.power_step(jnp.outer(q[:, 0], q[:, 0]), q)
+    np.testing.assert_allclose(jnp.abs(q.T @ new), jnp.eye(8), atol=1e-2)
+
+
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_rounding_is_found_without_gathering_the_momentum(axis_type: AxisType) -> None:
     view = matrix_view((16, 8), (0,), (1,), max_size=16, block_size=None)
