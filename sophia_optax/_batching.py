@@ -62,7 +62,8 @@ def curvature_batch(batch: PyTree[Any], size: int) -> PyTree[Any]:
             return leaf[:size]
         if length % size == 0:  # a slice, in which each shard of a sharded batch keeps its own
             return leaf.reshape(size, -1, *leaf.shape[1:])[:, 0]
-        return leaf[jnp.arange(size) * length // size]
+        # Of Python's integers: the products overflow those of 32 bits.
+        return leaf[jnp.array([place * length // size for place in range(size)])]
 
     return jax.tree.map(every, batch)
 

@@ -91,5 +91,6 @@ def _mean_gamma(state: ScaleBySophiaState) -> Any:
         return gamma
     if isinstance(gamma, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(count.shape, gamma.dtype)
-    sizes = jnp.array([m.size if is_inexact(m) else 0 for m in jax.tree.leaves(state.mu)])
-    return jnp.exp(jnp.log(gamma) @ (sizes / jnp.maximum(sizes.sum(), 1)))
+    sizes = [m.size if is_inexact(m) else 0 for m in jax.tree.leaves(state.mu)]
+    shares = [size / max(sum(sizes), 1) for size in sizes]  # Python's integers do not overflow
+    return jnp.exp(jnp.log(gamma) @ jnp.array(shares, gamma.dtype))

@@ -440,7 +440,8 @@ def _refresh(
         sizes = [rule.sizes(h, e) for h, e in zip(old.nu, estimates, strict=True)]
         total_sizes = _manual_axes.sum_of_all_shards([jnp.zeros(2, jnp.float32), *sizes])
         accepted &= ~rule.is_too_large(total_sizes, old.refreshes)
-    win_rate = total / max(sum(map(_manual_axes.size_on_all_shards, hs)), 1)
+    # As a float: an integer of more than 32 bits cannot be an operand.
+    win_rate = total / float(max(sum(map(_manual_axes.size_on_all_shards, hs)), 1))
     new = _Curvature(hs, refreshes, old.rejected, win_rate, gamma)
     dropped = old._replace(rejected=_arrays.increment(old.rejected))
     return jax.tree.map(lambda new, old: jnp.where(accepted, new, old), new, dropped)

@@ -98,3 +98,9 @@ def test_a_scalar_in_the_batch_is_refused_by_name():
     with pytest.raises(ValueError, match="axis") as caught:
         sophia_optax.curvature_batch({"x": np.zeros((4, 2)), "step": 3}, 2)
     assert "['step']" in str(caught.value)
+
+
+def test_rows_are_spread_evenly_where_their_products_do_not_fit_32_bits() -> None:
+    size, length = 40_000, 100_001
+    chosen = sophia_optax.curvature_batch(jnp.arange(length), size)
+    np.testing.assert_array_equal(chosen, np.arange(size, dtype=np.int64) * length // size)

@@ -323,3 +323,14 @@ def test_init_takes_prng_keys_and_update_leaves_them_be() -> None:
     assert np.all(updates["w"] > 0)
     for leaf in jax.tree.leaves(state):
         assert not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+@pytest.mark.parametrize("keywords", [{}, {"gamma": 0.1}, {"eigenbasis": {"max_size": 10}}])
+def test_a_model_of_more_than_2_to_the_31_parameters_is_traced(keywords: Any) -> None:
+    params = {name: jax.ShapeDtypeStruct((100_000, 10_000), jnp.float32) for name in "abc"}
+    tx = sophia_optax.sophia_g(1e-3, **keywords)
+    state = jax.eval_shape(tx.init, params)
+    updates, _ = jax.eval_shape(
+        lambda g, s, p: tx.update(g, s, p, hessian_fn=lambda key, **_: g), params, state, params
+    )
+    assert updates == params
