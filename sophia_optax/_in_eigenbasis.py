@@ -102,7 +102,8 @@ def in_eigenbasis(
     Args:
       inner: a transformation whose update of a coordinate depends on that coordinate's gradients
         alone: `scale_by_sophia`, `optax.scale_by_adam`, `optax.scale_by_lion`, .... It sees
-        gradients and params in the turned coordinates.
+        gradients and params in the turned coordinates. When a basis changes, what its state calls
+        `mu`, `trace` or `ema` is turned too. Momenta of other names are not, so use no such one.
       basis_interval: f, the bases are refreshed every f-th step, the first included. Default: as
         often as Sophia's curvature. The best points of `benchmarks/lm_race.py` have 1, which takes
         more time a step.

@@ -10,7 +10,7 @@ from sophia_optax import _spread_matrices, _trees
 from sophia_optax._eigenbasis import Basis
 from sophia_optax._matrix_view import MatrixView
 
-MOMENTUM_NAMES = ("mu", "trace")
+MOMENTUM_NAMES = ("mu", "trace", "ema")
 """What an inner state calls a momentum, which turns with the basis."""
 
 
