@@ -35,7 +35,9 @@ def train_and_report(config: LoopConfig, configs: dict[str, TrainConfig], comman
     with record.started(config, configs, command) as (folder, runs, corpus, again):
         # A terminal narrower than the table would cut numbers off; a file has no width at all.
         width = None if sys.stdout.isatty() else 100
-        console = Console(width=width, quiet=jax.process_index() != 0, soft_wrap=True)
+        console = Console(
+            width=width, quiet=jax.process_index() != 0, soft_wrap=True, markup=False, emoji=False
+        )
         describe(console, config, runs, corpus, folder)
         results = train_all(console, runs, corpus, folder)
         stopped = [r for name, r in results.items() if not ended(runs[name], r)]

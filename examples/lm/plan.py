@@ -281,7 +281,7 @@ def plan(config: PlanConfig) -> None:
             raise UsageError(f"--{name.replace('_', '-')} has to be at least 1.")
     jax.config.update("jax_platforms", "cpu")  # nothing here runs on an accelerator
     devices, memory = pod(config.topology)
-    console = Console()
+    console = Console(markup=False, emoji=False)
     runs = {
         name: resolve(run_config(config, name, len(devices)), devices=devices)
         for name in config.optimizer
