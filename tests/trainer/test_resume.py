@@ -51,7 +51,7 @@ def change(path, **values):
 def test_a_stopped_run_prints_the_command_that_goes_on_with_it(
     number, finished, tmp_path, capsys, monkeypatch
 ):
-    folder = tmp_path / "it's stopped"
+    folder = tmp_path / "it's stopped [b]"
     monkeypatch.setattr(worker.signal, "SIGTERM", number)
     assert worker.run([*RUN, "--out", str(folder)], stop_after=4) == 0
     out = capsys.readouterr().out
