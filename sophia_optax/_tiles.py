@@ -86,9 +86,8 @@ def power_steps(
     """
     groups: dict[Any, list[int]] = {}
     for index, factor in enumerate(factors):
-        sharding = _arrays.explicit_sharding(factor)
-        layout = None if in_loops else (factor.shape[0], sharding and sharding.spec)
-        groups.setdefault((layout, factor.shape[-1], factor.dtype), []).append(index)
+        length = None if in_loops else factor.shape[0]
+        groups.setdefault((length, factor.shape[-1], factor.dtype), []).append(index)
     new = [*bases]
     for members in groups.values():
         own, before = ([sides[i] for i in members] for sides in (factors, bases))
