@@ -717,6 +717,10 @@ def test_a_loop_over_tiles_is_all_of_them_at_once(
     chex.assert_trees_all_close(jax.jit(jax.vmap(everything))(xs), at_once, atol=1e-6)
 
 
+# Neither of low rank nor divided by their own size: both would enlarge rounding a thousandfold.
+SQUARE = jax.random.normal(KEYS[0], (8, 4, 4))
+
+
 @pytest.mark.parametrize(
     "params_spec, gradient_spec",
     [(("a", "b"), ("b", "a")), ((("a", "b"),), (("b", "a"),)), ((), ("a",)), (("a",), ())],
@@ -725,33 +729,31 @@ def test_a_gradient_laid_out_otherwise_than_its_explicit_params_gives_the_same_n
     params_spec: Any, gradient_spec: Any
 ) -> None:
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
-    gradient = jax.random.normal(KEYS[0], (8, 4, 6))
-    tx = in_eigenbasis(optax.clip(0.3), basis_interval=1)
+    gradient, tx = SQUARE, in_eigenbasis(optax.clip(0.3), basis_interval=1)
     updates, state = jax.jit(tx.update)(gradient, tx.init(gradient))
     with jax.set_mesh(mesh):
         params = jax.device_put(gradient, NamedSharding(mesh, PartitionSpec(*params_spec)))
         laid_out = jax.device_put(gradient, NamedSharding(mesh, PartitionSpec(*gradient_spec)))
         found, found_state = jax.jit(tx.update)(laid_out, jax.jit(tx.init)(params), params)
     chex.assert_trees_all_close(found, updates, atol=1e-5)
-    chex.assert_trees_all_close(found_state, state, atol=1e-4)
+    chex.assert_trees_all_close(found_state, state, atol=1e-5)
 
 
 def test_a_mesh_of_explicit_and_auto_axes_gives_the_same_numbers() -> None:
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Explicit, AxisType.Auto))
-    gradient = jax.random.normal(KEYS[0], (8, 4, 6))
-    tx = soap(basis_interval=1)
+    gradient, tx = SQUARE, in_eigenbasis(optax.clip(0.3), basis_interval=1)
     expected = jax.jit(tx.update)(gradient, tx.init(gradient))
     with jax.set_mesh(mesh):
         laid_out = jax.device_put(gradient, NamedSharding(mesh, PartitionSpec("a")))
         found = jax.jit(tx.update)(laid_out, jax.jit(tx.init)(laid_out))
-    chex.assert_trees_all_close(found, expected, atol=1e-4)
+    chex.assert_trees_all_close(found, expected, atol=1e-5)
 
 
 def test_params_as_shards_in_a_shard_map_give_the_numbers_of_jit() -> None:
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
-    gradient = {"w": jax.random.normal(KEYS[0], (8, 4, 6)), "b": jnp.ones(8)}
+    gradient = {"w": SQUARE, "b": jnp.ones(8)}
     bad = jax.tree.map(lambda x: x.at[0].set(jnp.inf), gradient)
-    tx = soap(basis_interval=1)
+    tx = in_eigenbasis(optax.clip(0.3), basis_interval=1)
 
     def two_steps(first: Tree, second: Tree, state: Any) -> Any:
         _, state = tx.update(first, state)
@@ -769,7 +771,7 @@ def test_params_as_shards_in_a_shard_map_give_the_numbers_of_jit() -> None:
     begun = jax.shard_map(
         lambda g: tx.update(g, tx.init(g))[0], mesh=mesh, in_specs=spec, out_specs=spec
     )
-    assert jax.jit(begun)(gradient)["w"].shape == (8, 4, 6)
+    assert jax.jit(begun)(gradient)["w"].shape == SQUARE.shape
 
 
 def test_a_parameter_below_a_key_named_as_a_momentum_is_not_taken_for_one() -> None:
