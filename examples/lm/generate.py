@@ -38,13 +38,18 @@ class GenerateConfig:
     seed: int = 0
 
 
-def sample(trainer: Trainer, params: jax.Array, prompt: list[int], config: GenerateConfig) -> list:
-    """The prompt and what follows it; the model sees the last `context` tokens."""
+def sample(
+    trainer: Trainer, params: jax.Array, prompt: list[int], size: int, config: GenerateConfig
+) -> list[int]:
+    """The prompt and what follows it; the model sees the last `context` tokens.
+
+    A model may have more tokens than the tokenizer's `size`. Those are never drawn.
+    """
     context = trainer.run.model.context
 
     @jax.jit
     def next_token(window: jax.Array, last: jax.Array, key: jax.Array) -> jax.Array:
-        logits_V = trainer.logits(params, window[None])[0, last]
+        logits_V = trainer.logits(params, window[None])[0, last, :size]
         return jax.random.categorical(key, logits_V / config.temperature)
 
     tokens = list(prompt)
@@ -77,7 +82,7 @@ def text_after(
     if restored is None:
         return None
     tokens = [int(token) for token in codec.encode(prompt)]
-    return printable(codec.decode(sample(trainer, restored[1].params, tokens, config)))
+    return printable(codec.decode(sample(trainer, restored[1].params, tokens, codec.size, config)))
 
 
 def printable(text: str) -> str:

@@ -49,7 +49,8 @@ def find(name: str, text: Callable[[], bytes], kept: Path | None = None) -> Code
     if name == "bytes":
         return Codec(
             lambda text: np.frombuffer(text, np.uint8),
-            lambda tokens: bytes(tokens).decode(errors="replace"),
+            # A model may have more tokens than there are bytes; 255 is in no UTF-8.
+            lambda tokens: bytes(min(t, 255) for t in tokens).decode(errors="replace"),
             256,
         )
     kind, _, size = name.partition(":")

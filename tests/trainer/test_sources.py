@@ -142,6 +142,22 @@ def test_a_run_on_characters_samples_and_generates_without_their_file(tmp_path, 
     assert worker.run(["train", "--resume", "--out", str(out)]) == 0
 
 
+def test_tokens_that_only_the_model_has_are_never_drawn(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(worker, "MICRO", dataclasses.replace(worker.MICRO, vocab_size=512))
+    out = tmp_path / "run"
+    assert worker.run([*RUN, "--out", str(out)]) == 0
+    capsys.readouterr()
+    decoded = []
+    bytes_of = tokenizers.find("bytes", bytes)
+    codec = dataclasses.replace(bytes_of, decode=lambda tokens: decoded.extend(tokens) or "")
+    monkeypatch.setattr(tokenizers, "find", lambda *_: codec)
+    hot = ["--tokens", "30", "--temperature", "100"]
+    assert worker.run(["generate", "--out", str(out), *hot]) == 0
+    assert len(decoded) == len("def ") + 30
+    assert max(decoded) < 256
+    assert bytes_of.decode([97, 256, 511]) == "a\ufffd\ufffd"
+
+
 def test_a_run_from_before_characters_were_read_goes_on_with_gpt2s_tokens(tmp_path):
     write_characters(tmp_path)
     assert data.load(f"bin:{tmp_path}").vocab_size == len(CHARACTERS)
