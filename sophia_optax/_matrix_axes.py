@@ -54,23 +54,22 @@ def matrix_views(
       stack_sharding: as in `in_eigenbasis`.
 
     Returns:
-      A view for each leaf.
+      A view for each leaf that is not absent.
 
     Raises:
       ValueError: if dimension numbers do not fit the params.
     """
-    flat, treedef = jax.tree_util.tree_flatten_with_path(params)
-    if dimension_numbers is None:
-        axes = [MatrixAxes() if jnp.ndim(leaf) >= 2 else None for _, leaf in flat]
-    else:
-        tree = dimension_numbers(params) if callable(dimension_numbers) else dimension_numbers
-        try:
-            axes = treedef.flatten_up_to(tree)
-        except ValueError as error:
-            raise ValueError(
-                f"dimension_numbers do not have the structure of the params: {error}. Pass a tree "
-                "with MatrixAxes or None for each parameter, or a function that makes it."
-            ) from error
+    # A tree of dimension numbers is one of all params, of which optax.masked takes some out.
+    flat, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=_trees.is_absent)
+    numbers = _last_two_axes if dimension_numbers is None else dimension_numbers
+    tree = numbers(params) if callable(numbers) else numbers
+    try:
+        axes = treedef.flatten_up_to(tree)
+    except ValueError as error:
+        raise ValueError(
+            f"dimension_numbers do not have the structure of the params: {error}. Pass a tree "
+            "with MatrixAxes or None for each parameter, or a function that makes it."
+        ) from error
 
     def view(path: Any, leaf: Any, own: Any) -> MatrixView | None:
         if own is None or not _arrays.is_inexact(leaf) or _arrays.is_complex(leaf):
@@ -103,7 +102,13 @@ def matrix_views(
         spec = PartitionSpec(tuple(names)) if names and divides else PartitionSpec()
         return dataclasses.replace(found, explicit=NamedSharding(sharding.mesh, spec))
 
-    return [view(path, leaf, own) for (path, leaf), own in zip(flat, axes, strict=True)]
+    each = zip(flat, axes, strict=True)
+    return [view(path, leaf, own) for (path, leaf), own in each if not _trees.is_absent(leaf)]
+
+
+def _last_two_axes(params: Params) -> DimensionNumbers:
+    """The dimension numbers where none are given."""
+    return jax.tree.map(lambda leaf: MatrixAxes() if jnp.ndim(leaf) >= 2 else None, params)
 
 
 def matrix_view(

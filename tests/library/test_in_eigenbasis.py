@@ -460,6 +460,23 @@ def test_a_masked_matrix_takes_the_steps_that_it_takes_alone() -> None:
     assert np.all(np.abs(updates["up"]) < 0.1)
 
 
+@pytest.mark.parametrize("wrapper", ["masked", "partition"])
+def test_dimension_numbers_of_all_params_serve_where_some_are_masked(wrapper: str) -> None:
+    numbers = {"up": MatrixAxes(turn="right"), "bias": None, "down": MatrixAxes(turn="left")}
+    grads = gradients()
+
+    def wrapped(dimension_numbers: Any) -> Any:
+        tx = soap(dimension_numbers=dimension_numbers)
+        if wrapper == "masked":
+            return optax.masked(tx, {"up": True, "bias": True, "down": False})
+        labels = {"up": "soap", "bias": "soap", "down": "sgd"}
+        return optax.partition({"soap": tx, "sgd": optax.sgd(0.1)}, labels)
+
+    tree, function = wrapped(numbers), wrapped(lambda params: {**numbers, "down": params["down"]})
+    found, expected = (jax.jit(tx.update)(grads, tx.init(PARAMS)) for tx in (tree, function))
+    chex.assert_trees_all_equal(found, expected)
+
+
 def test_a_missing_gradient_leaves_its_basis_and_those_of_others_theirs() -> None:
     params = {"a": jnp.ones((4, 4)), "b": jnp.ones((3, 3))}
     grads = {"a": None, "b": jax.random.normal(KEYS[7], (3, 3))}
