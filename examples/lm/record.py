@@ -32,7 +32,7 @@ NOT_KEPT = {"hosts", "out", "resume"}
 FREE = {
     *("mesh", "refresh", "remat", "attention", "log_interval", "save_interval", "keep"),
     *("on_save_error", "stop_on_nan", "eval_interval", "eval_batches"),
-    *("profile", "wandb", "tries"),
+    *("profile", "wandb"),
 }
 
 # The form of run.json. Version 1 is that of files that do not name one.
@@ -215,34 +215,37 @@ def fits(value: Any, hint: Any) -> bool:
 def check_same_run(folder: Path, config: RunConfig, runs: dict[str, Run]) -> None:
     """Tells the user what differs between this run and the one in the folder.
 
-    More steps than before are allowed, and said; run.json then has the new number.
+    More steps, or tries of a search, are allowed; run.json then has the new number.
 
     Raises:
       UsageError: something else differs, and would change the numbers.
     """
     before, now = read(folder), settings(config, runs)
-    longer = isinstance(config, LoopConfig)  # a search's tries are compared at one length
-    compared = {*before, *now} - FREE - {"version", "text", *(["steps"] if longer else [])}
+    # What may grow. A search's tries are compared at one number of steps.
+    length = "steps" if isinstance(config, LoopConfig) else "tries"
+    compared = {*before, *now} - FREE - {"version", "text", length}
     differences = [
         f"{name} was {before.get(name)} and is {now.get(name)}"
         for name in sorted(compared)
         if before.get(name, absent(name, config)) != run_folder.strict(now.get(name))
     ]
-    steps = before.get("steps", config.steps)
-    if longer and config.steps < steps:
-        differences.append(f"steps was {steps} and is {config.steps}")
+    wanted = getattr(config, length)
+    had = before.get(length, wanted)
+    if wanted < had:
+        differences.append(f"{length} was {had} and is {wanted}")
     if differences:
         raise UsageError(
             f"{folder} holds another run: {'; '.join(differences)}. "
             "Resume it with its own settings, or choose another --out."
         )
-    if config.steps > steps and jax.process_index() == 0:
-        print(
-            f"The run goes on to {config.steps} steps instead of {steps}. From here on the "
-            f"learning rate follows the schedule of a run of {config.steps} steps, which is higher "
-            "at the same step."
-        )
-        run_folder.write_json(folder / run_folder.RECORD, before | {"steps": config.steps})
+    if wanted > had and jax.process_index() == 0:
+        if length == "steps":
+            print(
+                f"The run goes on to {wanted} steps instead of {had}. From here on the learning "
+                f"rate follows the schedule of a run of {wanted} steps, which is higher at the "
+                "same step."
+            )
+        run_folder.write_json(folder / run_folder.RECORD, before | {length: wanted})
 
 
 def absent(name: str, config: RunConfig) -> Any:

@@ -147,6 +147,11 @@ def tune(config: TuneConfig) -> None:
         best = {}
         for name, run in runs.items():
             sweep = Sweep(run, corpus, stop=stop)
+            smallest = len(points(grid_of(run)))
+            if config.tries < smallest:
+                print(
+                    f"{name} makes {smallest} tries: --tries {config.tries} is less than its grid."
+                )
 
             def loss_of(point: Point, name: str = name, sweep: Sweep = sweep) -> float:
                 key = {"optimizer": name, **point}

@@ -47,6 +47,18 @@ def test_every_optimizer_has_the_same_tries_and_none_is_made_again(runs, tmp_pat
     assert len(runs) == 3 * 13
     kept = json.loads((out / "summary.json").read_text())["best"]
     assert {name: found["tries"] for name, found in kept.items()} == dict.fromkeys(kept, 13)
+    assert main(["tune", "--resume", "--out", str(out)]) == 0
+    assert json.loads((out / "summary.json").read_text())["best"] == kept
+    assert main(["tune", "--resume", "--out", str(out), "--tries", "12"]) == 2
+    assert "tries was 13 and is 12" in capsys.readouterr().err
+    assert json.loads((out / "summary.json").read_text())["best"] == kept
+
+
+def test_fewer_tries_than_the_grid_has_points_are_said(runs, tmp_path, capsys):
+    few = ["tune", "--tries", "2", "--optimizers", "adamw", "--out", str(tmp_path / "tuned")]
+    assert main(few) == 0
+    assert "adamw makes 8 tries: --tries 2 is less than its grid" in capsys.readouterr().out
+    assert len(runs) == 8
 
 
 def test_a_search_goes_on_with_its_own_text_and_sizes_only(runs, tmp_path, capsys):
