@@ -74,6 +74,11 @@ def one_minus_power(x: Any, n: Int[Array, ""]) -> Float[Array, ""]:
     return jnp.where(small, 1 - power, -jnp.expm1(exponent * jnp.log(jnp.where(small, 0.5, x))))
 
 
+def whole_interval(interval: Any) -> Int[Array, ""]:
+    """A number of steps as a whole number of at least 1, to which a traced one is rounded."""
+    return jnp.maximum(jnp.round(jnp.asarray(interval)).astype(jnp.int32), 1)
+
+
 def increment(count: Int[Array, ""]) -> Int[Array, ""]:
     """Adds one, and stays at the largest integer rather than wrap around."""
     return jnp.asarray(optax.safe_increment(count))

@@ -36,10 +36,11 @@ def curvature_batch(batch: PyTree[Any], size: int) -> PyTree[Any]:
       A pytree of arrays `[min(size, B), ...]`.
 
     Raises:
-      ValueError: if the leaves' first axes differ, or, under Explicit axes, a shard would be left
-        without an example.
+      TypeError: if `size` is not a number.
+      ValueError: if `size` is below 1 or has a fraction, the leaves' first axes differ, or, under
+        Explicit axes, a shard would be left without an example.
     """
-    _checks.check_count("size", size)
+    size = _checks.static_count("size", size)
     flat = jax.tree_util.tree_leaves_with_path(batch)
     length = jnp.shape(flat[0][1])[0] if flat and jnp.ndim(flat[0][1]) else 0
     for path, leaf in flat:
@@ -117,7 +118,7 @@ def on_emit(
             "that update is called with."
         )
     if not callable(every_k):
-        _checks.check_count("every_k", every_k)
+        _checks.check_interval("every_k", every_k)
     k = every_k(multi_steps_state.gradient_step) if callable(every_k) else every_k
 
     def hessian_fn_on_emit(key: PRNGKeyArray, /, **coordinates: Any) -> Params:

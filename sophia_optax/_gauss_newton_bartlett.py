@@ -98,13 +98,13 @@ def gauss_newton_bartlett(
       `jax.shard_map` or `jax.pmap` that is the mean over the predictions of all shards.
 
     Raises:
-      TypeError: if a parameter is complex.
+      TypeError: if a parameter is complex, or an argument is of the wrong kind.
       ValueError: if a number is out of its range, a name is unknown, a weight is negative (where it
         is not traced), or one of `head_fn` and `head_chunk` is missing.
     """
-    _checks.check_count("num_samples", num_samples)
+    num_samples = _checks.static_count("num_samples", num_samples)
     _checks.check_choice("sampling", sampling, ("labels", "curvature_propagation"))
-    _check_head(head_fn, head_chunk)
+    head_chunk = _checked_chunk(head_fn, head_chunk)
     outputs = Outputs.of(likelihood, weights, sampling)
     theta = _trees.differentiable(params)
     axes_named = _manual_axes.names(axis_name)
@@ -223,12 +223,15 @@ def _in_chunks(
     return _Backward(hidden, shapes, gradient)
 
 
-def _check_head(head_fn: HeadFn | None, head_chunk: int | None) -> None:
+def _checked_chunk(head_fn: HeadFn | None, head_chunk: int | None) -> int | None:
     """Checks that the head and its chunk come together.
 
     Args:
       head_fn: as passed.
       head_chunk: as passed.
+
+    Returns:
+      The chunk as an integer.
 
     Raises:
       ValueError: if one of them is missing.
@@ -236,8 +239,7 @@ def _check_head(head_fn: HeadFn | None, head_chunk: int | None) -> None:
     if (head_fn is None) != (head_chunk is None):
         missing = "head_fn" if head_fn is None else "head_chunk"
         raise ValueError(f"{missing} is None. Pass both head_fn and head_chunk, or neither.")
-    if head_chunk is not None:
-        _checks.check_count("head_chunk", head_chunk)
+    return None if head_chunk is None else _checks.static_count("head_chunk", head_chunk)
 
 
 def _hidden(hidden: Any, size: int) -> Array:

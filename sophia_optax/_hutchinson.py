@@ -81,11 +81,11 @@ def hutchinson(
       float32, or wider where a parameter is.
 
     Raises:
-      TypeError: if a parameter is complex.
+      TypeError: if a parameter is complex, or an argument is not a number.
       ValueError: if a number is out of its range or a name is unknown.
     """
-    _checks.check_count("num_probes", num_probes)
-    _checks.check_count("probe_chunk", probe_chunk)
+    num_probes = _checks.static_count("num_probes", num_probes)
+    probe_chunk = _checks.static_count("probe_chunk", probe_chunk)
     _checks.check_choice("distribution", distribution, ("rademacher", "gaussian"))
     _checks.check_choice("mode", mode, tuple(_PRODUCTS))
     if num_probes % probe_chunk:

@@ -41,6 +41,11 @@ from sophia_optax._matrix_view import MatrixView
 from sophia_optax._turned_leaves import EigenbasisCoordinates, TurnedLeaves
 from sophia_optax._types import Coordinates, HessianFn, Params, Scalar
 
+_SCHEDULED = (
+    'optax.inject_hyperparams(in_eigenbasis, static_args=("max_size", "block_size"))'
+    "(inner, {name}=schedule)"
+)
+
 
 class InEigenbasisState(NamedTuple):
     """The state of `in_eigenbasis`: arrays alone.
@@ -135,16 +140,15 @@ def in_eigenbasis(
       TypeError: if an argument is of the wrong kind.
       ValueError: if a number is out of its range, or dimension numbers do not fit the params.
     """
-    _checks.check_count("basis_interval", basis_interval)
-    _checks.check_number("decay", decay, 0, 1, "[0, 1)")
-    _checks.check_number("max_size", max_size, 0, float("inf"), "[0, ∞)")
-    if block_size is not None:
-        _checks.check_count("block_size", block_size)
+    _checks.check_interval("basis_interval", basis_interval, _SCHEDULED)
+    _checks.check_number("decay", decay, 0, 1, "[0, 1)", _SCHEDULED)
+    longest = _checks.static_count("max_size", max_size, least=0)
+    largest_block = None if block_size is None else _checks.static_count("block_size", block_size)
     _check_stack_sharding(stack_sharding)
     inner = optax.with_extra_args_support(inner)
 
     def views_of(params: Params) -> list[MatrixView | None]:
-        return matrix_views(params, dimension_numbers, max_size, block_size, stack_sharding)
+        return matrix_views(params, dimension_numbers, longest, largest_block, stack_sharding)
 
     def init(params: Params) -> InEigenbasisState:
         turned = [
@@ -186,7 +190,7 @@ def in_eigenbasis(
             return bases, [leaf.value for leaf in turned.momenta(inner_state)]
 
         if refresh_basis is None:
-            due = state.count % jnp.asarray(basis_interval, jnp.int32) == 0
+            due = state.count % _arrays.whole_interval(basis_interval) == 0
             bases, momenta = jax.lax.cond(due, refreshed, kept)
         else:
             bases, momenta = refreshed() if refresh_basis else kept()

@@ -57,7 +57,8 @@ def matrix_views(
       A view for each leaf that is not absent.
 
     Raises:
-      ValueError: if dimension numbers do not fit the params.
+      TypeError: if dimension numbers are something else.
+      ValueError: if they do not fit the params.
     """
     # A tree of dimension numbers is one of all params, of which optax.masked takes some out.
     flat, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=_trees.is_absent)
@@ -74,6 +75,11 @@ def matrix_views(
     def view(path: Any, leaf: Any, own: Any) -> MatrixView | None:
         if own is None or not _arrays.is_inexact(leaf) or _arrays.is_complex(leaf):
             return None
+        if not isinstance(own, MatrixAxes | optax.contrib.MuonDimensionNumbers):
+            raise TypeError(
+                f"The dimension numbers of {_trees.name_of(path)} are {own!r}. Pass MatrixAxes, "
+                "MuonDimensionNumbers or None."
+            )
         if isinstance(own, optax.contrib.MuonDimensionNumbers):
             own = MatrixAxes(cast(Any, own.reduction_axis), cast(Any, own.output_axis))
         left, right = ((a,) if isinstance(a, int) else tuple(a) for a in own[:2])

@@ -36,6 +36,8 @@ class Outputs(NamedTuple):
         likelihoods, treedef = jax.tree.flatten(
             likelihood, is_leaf=lambda node: isinstance(node, Likelihood)
         )
+        for one in likelihoods:
+            _check_likelihood(one)
         own: list[Any] = [None] * len(likelihoods)
         if weights is not None:
             own = _parts("weights are", treedef, weights)
@@ -76,6 +78,9 @@ class Outputs(NamedTuple):
 
         Returns:
           Arrays like the outputs, of their dtypes. They are computed in float32 at least.
+
+        Raises:
+          ValueError: if a likelihood draws an array of another shape.
         """
         keys = [key] if len(outputs) == 1 else [*jax.random.split(key, len(outputs))]
         drawn = []
@@ -84,7 +89,13 @@ class Outputs(NamedTuple):
         ):
             wide = _arrays.widen(output)
             sample = one.sample_residual if self.sampling == "labels" else one.sample_factor
-            residuals = jnp.sqrt(fit_weights(w, wide, one) / total) * sample(k, wide)
+            residuals = sample(k, wide)
+            if jnp.shape(residuals) != wide.shape:
+                raise ValueError(
+                    f"{one!r} drew an array of shape {jnp.shape(residuals)} for outputs of shape "
+                    f"{wide.shape}. Let its {sample.__name__} return one like the outputs."
+                )
+            residuals = jnp.sqrt(fit_weights(w, wide, one) / total) * residuals
             drawn.append((scale * residuals).astype(output.dtype))
         return drawn
 
@@ -188,6 +199,22 @@ def _parts(subject: str, treedef: Any, tree: Any) -> list[Any]:
             f"{subject} {jax.tree.structure(tree)}, where the likelihood is {treedef}. Give each "
             "output a likelihood, in the structure of the outputs."
         ) from error
+
+
+def _check_likelihood(likelihood: Any) -> None:
+    """Refuses what is no likelihood.
+
+    Args:
+      likelihood: of one output.
+
+    Raises:
+      TypeError: if it lacks a method, or is a class.
+    """
+    if isinstance(likelihood, type) or not isinstance(likelihood, Likelihood):
+        raise TypeError(
+            f"likelihood is {likelihood!r}, which is no Likelihood. Pass sophia_optax.categorical, "
+            "sophia_optax.bernoulli, sophia_optax.gaussian, or an instance of a class of your own."
+        )
 
 
 def _check_not_negative(weights: Any) -> None:

@@ -243,8 +243,8 @@ def scale_by_sophia(
       get zeros.
 
     Raises:
-      TypeError: if a hyperparameter is a callable, not a number or in half precision, or a dtype is
-        not a floating one.
+      TypeError: if a hyperparameter is a callable, not a number, an array with axes or in half
+        precision, a flag is not a boolean, or a dtype is not a floating one.
       ValueError: if a hyperparameter is out of its range.
     """
     for name, value in {"b1": b1, "b2": b2}.items():
@@ -258,7 +258,14 @@ def scale_by_sophia(
         _checks.check_number("gamma", gamma, 0, math.inf, "(0, ∞)")
     if max_estimate_ratio is not None:
         _checks.check_number("max_estimate_ratio", max_estimate_ratio, 1, math.inf, "[1, ∞)")
-    _checks.check_count("update_interval", update_interval)
+    _checks.check_interval("update_interval", update_interval)
+    flags = {
+        "bias_correction": bias_correction,
+        "absolute_curvature": absolute_curvature,
+        "nesterov": nesterov,
+    }
+    for name, flag in flags.items():
+        _checks.check_flag(name, flag)
     _checks.check_seed(seed)
     _checks.check_dtype("mu_dtype", mu_dtype)
     _checks.check_dtype("nu_dtype", nu_dtype)
@@ -346,7 +353,7 @@ def transformation(
             return _refresh(rule, control, old, estimates, momenta, gs, leaves)
 
         if refresh is None:
-            due = state.count % _interval(update_interval) == 0
+            due = state.count % _arrays.whole_interval(update_interval) == 0
             curvature = jax.lax.cond(due, refreshed, lambda: old)
             # Let m wait for the refresh, which reads the old one: XLA for CPU would otherwise write
             # the new m first, and copy the old one for that.
@@ -445,11 +452,6 @@ def _refresh(
     new = _Curvature(hs, refreshes, old.rejected, win_rate, gamma)
     dropped = old._replace(rejected=_arrays.increment(old.rejected))
     return jax.tree.map(lambda new, old: jnp.where(accepted, new, old), new, dropped)
-
-
-def _interval(update_interval: Scalar) -> Int[Array, ""]:
-    """K as a whole number of at least 1, to which a traced one is rounded."""
-    return jnp.maximum(jnp.round(jnp.asarray(update_interval)).astype(jnp.int32), 1)
 
 
 def _check_update_arguments(hessian_fn: HessianFn | None, refresh: bool | None) -> None:

@@ -210,8 +210,11 @@ class OwnedLeaves:
         extra = [path for path in found if not any(path[: len(p)] == p for p in self.paths)]
         if missing:
             where = f"no leaf at {name_of(missing[0])}, where the gradients have one"
+        elif extra:
+            where = f"a leaf at {name_of(extra[0])}, where they have none"
         else:
-            where = f"a leaf at {name_of(extra[0] if extra else ())}, where they have none"
+            found, expected = jax.tree.structure(estimate), self.treedef
+            where = f"other containers, {found}, where they have {expected}"
         return (
             f"The estimate of hessian_fn does not match the gradients: it has {where}. Let it "
             "return a pytree like the whole params; and leave optax.flatten out, which hides their "

@@ -45,6 +45,11 @@ TRIAL_FACTORS = tuple(4.0**exponent for exponent in range(-10, 11))
 
 SMALLEST_GAMMA, LARGEST_GAMMA = 2.0**-100, 2.0**100
 
+_SCHEDULED = (
+    "optax.inject_hyperparams(lambda {name}: sophia_h(..., "
+    "gamma=win_rate_target({name}={name})))({name}=schedule)"
+)
+
 SMALL = 1024
 """Elements up to which a leaf is counted by kernels that are small, instead of fast."""
 
@@ -239,11 +244,10 @@ def win_rate_target(
       TypeError: if an argument is not a number.
       ValueError: if an argument is out of its range.
     """
-    _checks.check_number("target", target, 0, 1, "(0, 1)")
-    _checks.check_number("decay", decay, 0, 1, "[0, 1)")
-    for name, flag in (("per_tensor", per_tensor), ("weighted", weighted)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name} is {flag!r}. Pass True or False.")
+    _checks.check_number("target", target, 0, 1, "(0, 1)", _SCHEDULED)
+    _checks.check_number("decay", decay, 0, 1, "[0, 1)", _SCHEDULED)
+    _checks.check_flag("per_tensor", per_tensor)
+    _checks.check_flag("weighted", weighted)
     return WinRateTarget(target, per_tensor, decay, weighted)
 
 

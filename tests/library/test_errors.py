@@ -104,10 +104,161 @@ def test_a_schedule_goes_through_inject_hyperparams(name: str) -> None:
     assert_helpful(str(error.value), name, "optax.inject_hyperparams")
 
 
+SOPHIA = sophia_optax.scale_by_sophia
+SCHEDULED = {
+    "b1": (lambda s: sophia_optax.sophia_h(1e-2, b1=s), "1e-2"),
+    "basis_interval": (lambda s: sophia_optax.in_eigenbasis(SOPHIA(), basis_interval=s), "_"),
+    "decay": (lambda s: sophia_optax.in_eigenbasis(SOPHIA(), decay=s), "_"),
+    "target": (sophia_optax.win_rate_target, "1e-2"),
+    "decay of gamma": (lambda s: sophia_optax.win_rate_target(decay=s), "1e-2"),
+}
+
+
+@pytest.mark.usefixtures("own_checks_alone")
+@pytest.mark.parametrize("name", SCHEDULED)
+def test_the_code_in_the_error_of_a_schedule_runs(name: str) -> None:
+    make, learning_rate = SCHEDULED[name]
+    schedule = lambda count: 0.5 + 0.25 * (count > 0)  # noqa: E731
+    with pytest.raises(TypeError, match="is a callable") as error:
+        make(schedule)
+    code = str(error.value).partition("Wrap the optimizer: ")[2].removesuffix(".")
+    names = {**vars(sophia_optax), "optax": optax, "inner": SOPHIA(), "schedule": schedule}
+    tx = eval(code.replace("...", learning_rate), names)
+    hessian_fn = lambda key, coordinates=None: HESSIAN  # noqa: E731
+    state = tx.init(PARAMS)
+    for value in (0.5, 0.75):
+        _, state = jitted_update(tx, hessian_fn)(GRADS, state, PARAMS)
+        assert float(state.hyperparams[name.split(maxsplit=1)[0]]) == value
+
+
+@pytest.mark.usefixtures("own_checks_alone")
+def test_a_traced_interval_is_rounded_and_sizes_are_asked_to_be_static() -> None:
+    inject = optax.inject_hyperparams
+    with pytest.raises(TypeError, match="max_size is an array of jax") as error:
+        inject(sophia_optax.in_eigenbasis)(SOPHIA()).init(PARAMS)
+    assert_helpful(str(error.value), 'static_args=("max_size",)')
+    tx = inject(sophia_optax.in_eigenbasis, static_args=("max_size", "block_size"))(
+        optax.trace(0.9), basis_interval=lambda count: jnp.float32(2.9), block_size=2
+    )
+    state, bases = tx.init(PARAMS), []
+    for number in range(4):
+        grads = {**GRADS, "w": GRADS["w"] + number * jnp.eye(2)}
+        _, state = jax.jit(tx.update)(grads, state, PARAMS)
+        bases.append(np.asarray(state.inner_state.bases[0].left_basis))
+    np.testing.assert_array_equal(bases[0], bases[2])  # every third step, not every second
+    assert np.any(bases[2] != bases[3])
+
+
+LOGITS = lambda w: jnp.ones((6, 2)) * w  # noqa: E731
+COUNTS = {
+    "size": lambda n: sophia_optax.curvature_batch(jnp.arange(8), n),
+    "num_probes": lambda n: sophia_optax.hutchinson(jnp.sum, jnp.ones(2), num_probes=n),
+    "probe_chunk": lambda n: sophia_optax.hutchinson(
+        jnp.sum, jnp.ones(2), num_probes=2, probe_chunk=n
+    ),
+    "num_samples": lambda n: sophia_optax.gauss_newton_bartlett(LOGITS, jnp.ones(2), num_samples=n),
+    "head_chunk": lambda n: sophia_optax.gauss_newton_bartlett(
+        LOGITS, jnp.ones(2), head_fn=lambda w, x: x * w, head_chunk=n
+    ),
+    "block_size": lambda n: sophia_optax.in_eigenbasis(optax.trace(0.9), block_size=n),
+    "max_size": lambda n: sophia_optax.in_eigenbasis(optax.trace(0.9), max_size=n),
+}
+
+
+@pytest.mark.usefixtures("own_checks_alone")
+@pytest.mark.parametrize("name", COUNTS)
+def test_a_count_is_a_whole_number_of_any_type(name: str) -> None:
+    def result(n: Any) -> Any:
+        made = COUNTS[name](n)
+        if callable(made):
+            return made(jax.random.key(0))
+        return made if isinstance(made, jax.Array) else made.init(jnp.ones((4, 4)))
+
+    for n in (4 / 2, np.int64(2), np.float64(2)):
+        chex.assert_trees_all_equal(result(n), result(2))
+    for n, error in ((2.5, ValueError), (-1, ValueError), (math.nan, ValueError)):
+        with pytest.raises(error, match=f"{name} is {n}") as found:
+            COUNTS[name](n)
+        assert_helpful(str(found.value), "whole number")
+    for n in (jnp.int32(2), True, "2", len, np.array([2, 3])):
+        with pytest.raises(TypeError, match=f"{name} is") as found:
+            COUNTS[name](n)
+        assert_helpful(str(found.value), "number")
+
+
+@pytest.mark.usefixtures("own_checks_alone")
+@pytest.mark.parametrize("array", [jnp.full((4, 1), 0.5), np.full(1, 0.5)])
+def test_an_array_with_axes_is_no_hyperparameter(array: Any) -> None:
+    makes = {
+        **{
+            name: lambda value, name=name: sophia_optax.sophia_h(1e-2, **{name: value})
+            for name in ("b1", "b2", "eps", "gamma", "clip_threshold", "weight_decay", "seed")
+        },
+        "learning_rate": sophia_optax.sophia_g,
+        "target": sophia_optax.win_rate_target,
+        "decay": lambda value: sophia_optax.in_eigenbasis(optax.trace(0.9), decay=value),
+    }
+    for name, make in makes.items():
+        with pytest.raises(TypeError, match=f"{name} is an array of shape") as error:
+            make(array)
+        assert_helpful(str(error.value), str(array.shape))
+
+
+class Half:
+    """A likelihood whose residuals lack an axis."""
+
+    event_ndim = 1
+
+    def sample_residual(self, key: jax.Array, outputs: jax.Array) -> jax.Array:
+        return outputs[..., :1]
+
+    sample_factor = sample_residual
+
+
+@pytest.mark.usefixtures("own_checks_alone")
+@pytest.mark.parametrize("likelihood", ["gaussian", Half, {"a": jnp.sum}])
+def test_what_is_no_likelihood_is_refused(likelihood: Any) -> None:
+    with pytest.raises(TypeError, match="is no Likelihood") as error:
+        sophia_optax.gauss_newton_bartlett(LOGITS, jnp.ones(2), likelihood=likelihood)
+    assert_helpful(str(error.value), "sophia_optax.gaussian")
+
+
+@pytest.mark.usefixtures("own_checks_alone")
+@pytest.mark.parametrize("weights", [None, jnp.ones(6)])
+def test_a_likelihood_that_drops_an_axis_is_refused(weights: Any) -> None:
+    hessian_fn = sophia_optax.gauss_newton_bartlett(
+        LOGITS, jnp.ones(2), likelihood=Half(), weights=weights
+    )
+    with pytest.raises(ValueError, match=r"shape \(6, 1\) for outputs of shape \(6, 2\)") as error:
+        hessian_fn(jax.random.key(0))
+    assert_helpful(str(error.value), "sample_residual")
+
+
+@pytest.mark.usefixtures("own_checks_alone")
+def test_dimension_numbers_that_are_a_plain_tuple_are_refused() -> None:
+    tx = sophia_optax.in_eigenbasis(optax.trace(0.9), dimension_numbers=(0, 1))
+    with pytest.raises(TypeError, match=r"of \(root\) are \(0, 1\)") as error:
+        tx.init(jnp.ones((3, 2)))
+    assert_helpful(str(error.value), "MatrixAxes")
+
+
+def test_an_estimate_in_other_containers_is_told_by_these() -> None:
+    params = {"a": [jnp.ones(2), jnp.ones(3)]}
+    tx = sophia_optax.scale_by_sophia()
+    with pytest.raises(ValueError, match="other containers") as error:
+        tx.update(params, tx.init(params), hessian_fn=constant({"a": tuple(params["a"])}))
+    assert_helpful(str(error.value), "{'a': (*, *)}", "{'a': [*, *]}")
+
+
 @pytest.mark.usefixtures("own_checks_alone")
 @pytest.mark.parametrize(
     ("make", "facts"),
     [
+        *(
+            (lambda n=n: sophia_optax.scale_by_sophia(**{n: "False"}), (n, "'False'"))
+            for n in ("bias_correction", "absolute_curvature", "nesterov")
+        ),
+        (lambda: sophia_optax.win_rate_target(weighted="no"), ("weighted", "'no'")),
         (lambda: sophia_optax.sophia_h(1e-2, eigenbasis="both"), ("eigenbasis", "'both'")),
         (lambda: sophia_optax.win_rate_target(per_tensor=1), ("per_tensor", "1")),
     ],
