@@ -66,11 +66,12 @@ def one_minus_power(x: Any, n: Int[Array, ""]) -> Float[Array, ""]:
     Returns:
       The difference. Its derivative is finite at x = 0 too.
     """
-    exponent = n.astype(jnp.result_type(float))  # strict promotion multiplies no integer by a float
+    # Strict promotion multiplies no integer by a float, nor floats of two widths.
+    exponent = n.astype(x.dtype if isinstance(x, jax.Array) else jnp.result_type(float))
     if not isinstance(x, jax.Array):
         return -jnp.expm1(exponent * (math.log(x) if x > 0 else -math.inf))
     small = x < 0.5
-    power = jnp.power(jnp.where(small, x, 0.0), n)
+    power = jnp.power(jnp.where(small, x, 0.0), exponent)
     return jnp.where(small, 1 - power, -jnp.expm1(exponent * jnp.log(jnp.where(small, 0.5, x))))
 
 

@@ -142,6 +142,7 @@ def in_eigenbasis(
     """
     _checks.check_interval("basis_interval", basis_interval, _SCHEDULED)
     _checks.check_number("decay", decay, 0, 1, "[0, 1)", _SCHEDULED)
+    beta = _arrays.hyperparameter(decay)
     longest = _checks.static_count("max_size", max_size, least=0)
     largest_block = None if block_size is None else _checks.static_count("block_size", block_size)
     _check_stack_sharding(stack_sharding)
@@ -179,7 +180,7 @@ def in_eigenbasis(
         like = updates if params is None else params
         turned = TurnedLeaves.of(like, views_of(like))
         matrices = turned.matrices(updates)
-        bases, finite = turned.observe(state.bases, matrices, decay)
+        bases, finite = turned.observe(state.bases, matrices, beta)
         inner_state = state.inner
 
         def refreshed() -> tuple[tuple[Basis, ...], list[Array]]:

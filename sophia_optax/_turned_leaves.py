@@ -228,7 +228,8 @@ def _average(basis: Basis, sums: Basis, decay: Any) -> tuple[Basis, Bool[Array, 
     def average(factor: Array | None, product: Array | None) -> Array | None:
         if factor is None or product is None:
             return None
-        return jnp.where(finite, decay * factor + (1 - decay) * product, factor)
+        new = decay * factor + (1 - decay) * product
+        return jnp.where(finite, new.astype(factor.dtype), factor)
 
     left, right = average(basis.left, sums.left), average(basis.right, sums.right)
     return basis._replace(left=left, right=right), finite

@@ -248,7 +248,9 @@ def win_rate_target(
     _checks.check_number("decay", decay, 0, 1, "[0, 1)", _SCHEDULED)
     _checks.check_flag("per_tensor", per_tensor)
     _checks.check_flag("weighted", weighted)
-    return WinRateTarget(target, per_tensor, decay, weighted)
+    return WinRateTarget(
+        _arrays.hyperparameter(target), per_tensor, _arrays.hyperparameter(decay), weighted
+    )
 
 
 @jax.jit  # Traced once for all leaves of a shape.
@@ -342,7 +344,8 @@ def next_gammas(
     """
     factors = quantile_factors(counts, target.target)
     # The average of log γ, corrected for its start: the first γ counts in full.
-    weight = (1 - target.decay) / (1 - target.decay ** jnp.float32(refreshes))
+    decay = jnp.asarray(target.decay, jnp.float32)
+    weight = (1 - decay) / (1 - decay ** jnp.float32(refreshes))
     return jnp.clip(gammas * factors**weight, SMALLEST_GAMMA, LARGEST_GAMMA)
 
 

@@ -101,6 +101,16 @@ def test_one_minus_a_power_near_one_keeps_its_digits(n):
     np.testing.assert_array_equal(_arrays.one_minus_power(0.0, count), 1)
 
 
+@pytest.mark.parametrize("x64", [False, True])
+def test_one_minus_a_power_of_an_array_is_traced_under_strict_promotion(x64):
+    with jax.enable_x64(x64), jax.numpy_dtype_promotion("strict"):
+        for x in (0.3, 0.9):
+            found = _arrays.one_minus_power(jnp.float32(x), jnp.int32(3))
+            assert found.dtype == jnp.float32
+            np.testing.assert_allclose(found, 1 - x**3, rtol=1e-5)
+    assert np.isfinite(jax.grad(_arrays.one_minus_power)(jnp.float32(0.0), jnp.int32(1)))
+
+
 def test_a_count_stays_at_the_largest_integer():
     largest = jnp.int32(2**31 - 1)
     assert _arrays.increment(largest) == largest

@@ -167,6 +167,41 @@ def derivatives(remat: bool) -> dict[str, jax.Array]:
     return jax.jit(jax.grad(jax.checkpoint(final_loss) if remat else final_loss))(START)
 
 
+NUMBERS = {
+    "b1": (0.9, lambda x: sophia_optax.sophia_h(1e-2, b1=x)),
+    "b2": (0.99, lambda x: sophia_optax.sophia_h(1e-2, b2=x)),
+    "eps": (1e-12, lambda x: sophia_optax.sophia_h(1e-2, eps=x)),
+    "gamma": (0.02, lambda x: sophia_optax.sophia_h(1e-2, gamma=x)),
+    "clip_threshold": (1.0, lambda x: sophia_optax.sophia_h(1e-2, clip_threshold=x)),
+    "update_interval": (2.0, lambda x: sophia_optax.sophia_h(1e-2, update_interval=x)),
+    "weight_decay": (0.1, lambda x: sophia_optax.sophia_h(1e-2, weight_decay=x)),
+    "max_estimate_ratio": (100.0, lambda x: sophia_optax.sophia_h(1e-2, max_estimate_ratio=x)),
+    "learning_rate": (1e-2, lambda x: sophia_optax.sophia_g(jnp.asarray(x))),
+    "basis_interval": (2.0, lambda x: sophia_optax.sophia_g(1, eigenbasis={"basis_interval": x})),
+    "decay": (0.9, lambda x: sophia_optax.sophia_g(1, eigenbasis={"decay": x})),
+    "target": (0.5, lambda x: sophia_optax.sophia_g(1, gamma=sophia_optax.win_rate_target(x))),
+    "target for all": (
+        0.5,
+        lambda x: sophia_optax.sophia_g(
+            1, gamma=sophia_optax.win_rate_target(x, per_tensor=False, decay=x)
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("make_number", [np.float64, np.float32, jnp.float32, jnp.float64])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_of_any_dtype_keeps_the_dtypes_of_the_state(name: str, make_number: Any) -> None:
+    value, make = NUMBERS[name]
+    with jax.enable_x64(True):
+        tx = make(make_number(value))
+        state = jax.eval_shape(tx.init, PARAMS)
+        update = functools.partial(tx.update, hessian_fn=lambda key, coordinates=None: HESSIAN)
+        updates, after = jax.eval_shape(update, GRADS, state, PARAMS)
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, GRADS)
+
+
 @pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.parametrize("argument", START)
 def test_the_derivative_of_three_steps_is_that_of_finite_differences(
