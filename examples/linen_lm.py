@@ -16,8 +16,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import sophia_optax
 import sophia_optax.linen
+from examples import arguments
 from examples.lm import data
 from examples.lm.optimizers import is_matrix, learning_rate
+from examples.lm.run import half
 
 WIDTH, HEADS, LAYERS, CONTEXT = 64, 4, 2, 128
 
@@ -60,7 +62,7 @@ def train_step(
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     loss, grads = jax.value_and_grad(loss_fn)(state.params)
-    part = sophia_optax.curvature_batch(inputs, len(inputs) // 2)
+    part = sophia_optax.curvature_batch(inputs, half(len(inputs), jax.device_count()))
     hessian_fn = sophia_optax.gauss_newton_bartlett(
         lambda params: state.apply_fn({"params": params}, part), state.params
     )
@@ -107,4 +109,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch-size", type=int, default=16)
-    main(**vars(parser.parse_args()))
+    config = arguments.parsed(parser)
+    if config.batch_size % jax.device_count():
+        parser.error(f"--batch-size is a multiple of the {jax.device_count()} devices.")
+    main(**vars(config))

@@ -31,6 +31,7 @@ from flax import nnx
 from sklearn.datasets import load_digits
 
 import sophia_optax
+from examples import arguments
 
 SMOOTHING = 0.1
 SIGMA = 0.2  # of a pixel, where black is 0 and white 1
@@ -257,7 +258,7 @@ def main(tasks: dict[str, Callable[[], Task]] = TASKS) -> None:
     parser.add_argument("--seed", type=int, default=0)
     names = list(ESTIMATORS)
     parser.add_argument("--optimizers", nargs="+", choices=names, default=names)
-    config = parser.parse_args()
+    config = arguments.parsed(parser)
     splits, built = digits(), optimizers(config.steps)
     for task_name, make in tasks.items():
         for name in config.optimizers:

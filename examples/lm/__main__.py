@@ -6,7 +6,7 @@ from typing import Any
 import tyro
 
 from . import compare, generate, hosts, plan, record, tune
-from .config import CompareConfig, TrainConfig, TuneConfig, UsageError
+from .config import CompareConfig, TrainConfig, TuneConfig, UsageError, check
 
 COMMANDS = {
     CompareConfig: compare.compare,
@@ -44,6 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     try:
         config = parse(sys.argv[1:] if arguments is None else arguments)
+        check(config)
         COMMANDS[type(config)](config)
     except UsageError as error:
         print(error, file=sys.stderr)

@@ -238,27 +238,36 @@ def lookup(table: dict[str, Any], name: str, kind: str) -> Any:
     return table[name]
 
 
+WHOLE = 2**31  # what JAX counts in ends here
+
 # What a number has to be: the smallest value, whether that itself is allowed, the largest (not).
 RANGES: dict[str, tuple[float, bool, float]] = {
-    "layers": (1, True, math.inf),
-    "width": (1, True, math.inf),
-    "heads": (1, True, math.inf),
-    "context": (1, True, math.inf),
+    "layers": (1, True, WHOLE),
+    "width": (1, True, WHOLE),
+    "heads": (1, True, WHOLE),
+    "context": (1, True, WHOLE),
     "dropout": (0, True, 1),
-    "profile": (0, True, math.inf),
-    "tries": (1, True, math.inf),
-    "steps": (1, True, math.inf),
-    "batch_size": (1, True, math.inf),
-    "accumulate": (1, True, math.inf),
-    "curvature_batch": (1, True, math.inf),
-    "eval_interval": (1, True, math.inf),
-    "eval_batches": (1, True, math.inf),
-    "log_interval": (1, True, math.inf),
-    "save_interval": (1, True, math.inf),
-    "update_interval": (1, True, math.inf),
-    "basis_interval": (1, True, math.inf),
-    "keep": (1, True, math.inf),
-    "seed": (0, True, 2**32),
+    "profile": (0, True, WHOLE),
+    "tries": (1, True, WHOLE),
+    "steps": (1, True, WHOLE),
+    "batch_size": (1, True, WHOLE),
+    "batch_per_chip": (1, True, WHOLE),
+    "accumulate": (1, True, WHOLE),
+    "curvature_batch": (1, True, WHOLE),
+    "curvature_share": (1, True, WHOLE),
+    "eval_interval": (1, True, WHOLE),
+    "eval_batches": (1, True, WHOLE),
+    "log_interval": (1, True, WHOLE),
+    "save_interval": (1, True, WHOLE),
+    "update_interval": (1, True, WHOLE),
+    "basis_interval": (1, True, WHOLE),
+    "keep": (1, True, WHOLE),
+    "hosts.processes": (1, True, WHOLE),
+    "hosts.process": (0, True, WHOLE),
+    "hosts.timeout": (1, True, WHOLE // 1000),  # in milliseconds as well
+    "seed": (0, True, WHOLE),
+    "tokens": (1, True, WHOLE),
+    "temperature": (1e-6, True, math.inf),
     "learning_rate": (0, False, math.inf),
     "clip_norm": (0, False, math.inf),
     "gamma": (0, False, math.inf),
@@ -269,17 +278,28 @@ RANGES: dict[str, tuple[float, bool, float]] = {
     "warmup": (0, True, 1),
 }
 
+# Flags that take several values, or text, and at least one.
+NOT_EMPTY = ("optimizers", "optimizer", "prompt")
 
-def check_numbers(config: Any) -> None:
-    """Tells the user of a number that is out of range."""
+
+def check(config: Any) -> None:
+    """Tells the user of a number that is out of range, and of a flag that is left empty."""
     for name, (low, closed, high) in RANGES.items():
-        value = getattr(config, name, None)
+        owner, _, field_name = name.rpartition(".")
+        value = getattr(getattr(config, owner, None) if owner else config, field_name, None)
         if value is None or low < value < high or (closed and value == low):
             continue
-        flag = "--" + name.replace("_", "-")
-        bound = f"{'at least' if closed else 'more than'} {low:g}"
-        bound += "" if high == math.inf else f" and less than {high:g}"
-        raise UsageError(f"{flag} is {value}. It has to be {bound}.")
+        bound = f"{'at least' if closed else 'more than'} {low}"
+        bound += " and finite" if high == math.inf else f" and less than {high}"
+        raise UsageError(f"{flag(name)} is {value}. It has to be {bound}.")
+    for name in NOT_EMPTY:
+        if getattr(config, name, None) in ((), ""):
+            raise UsageError(f"{flag(name)} is empty. Give it a value.")
+
+
+def flag(name: str) -> str:
+    """How a setting is written on the command line."""
+    return "--" + name.replace("_", "-")
 
 
 def for_optimizer(config: CompareConfig | TuneConfig, optimizer: str) -> TrainConfig:

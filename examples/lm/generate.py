@@ -121,8 +121,6 @@ def trained(config: GenerateConfig) -> tuple[TrainConfig, str]:
 
 def generate(config: GenerateConfig) -> None:
     """Prints the sample."""
-    if config.temperature <= 0 or config.tokens < 1 or not config.prompt:
-        raise UsageError("--temperature and --tokens have to be positive, and --prompt not empty.")
     run, name = trained(config)
     kept = Path(config.out) / run_folder.TOKENIZER
     kind, _, place = run.data.partition(":")
@@ -138,7 +136,9 @@ def generate(config: GenerateConfig) -> None:
         raise UsageError(
             f"{run.data} had no meta.pkl when the run began, so that its tokens cannot be printed."
         )
-    text = text_after(config.prompt.encode(), run, codec, config, name)
+    # Python hides bytes of the command line that are no UTF-8 in surrogates.
+    prompt = config.prompt.encode(errors="surrogateescape")
+    text = text_after(prompt, run, codec, config, name)
     if text is None:
         of_run = f" of {name}" if name else ""
         raise UsageError(

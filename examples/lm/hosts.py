@@ -40,8 +40,6 @@ def join(config: HostConfig) -> None:
         return
     if not config.auto and (config.processes is None or config.process is None):
         raise UsageError("--hosts.coordinator needs --hosts.processes and --hosts.process too.")
-    if config.timeout < 1:
-        raise UsageError(f"--hosts.timeout is {config.timeout}. It has to be at least 1.")
     jax.config.update("jax_enable_preemption_service", True)  # for `termination`
     try:
         jax.distributed.initialize(

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import importlib.util
-import json
 import math
 import os
 import re
@@ -20,7 +19,7 @@ from rich.table import Table
 
 import sophia_optax
 
-from . import hlo, mesh
+from . import hlo, mesh, run_folder
 from .config import MODELS, MeshConfig, TrainConfig, UsageError, lookup
 from .optimizers import OPTIMIZERS
 from .run import Run, resolve
@@ -276,9 +275,7 @@ def plan(config: PlanConfig) -> None:
     lookup(MODELS, config.model, "model")
     for name in config.optimizer:
         lookup(OPTIMIZERS, name, "optimizer")
-    for name in ("batch_per_chip", "accumulate", "curvature_share", "update_interval"):
-        if getattr(config, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} has to be at least 1.")
+    check_file(config.json)
     jax.config.update("jax_platforms", "cpu")  # nothing here runs on an accelerator
     devices, memory = pod(config.topology)
     console = Console(markup=False, emoji=False)
@@ -292,7 +289,7 @@ def plan(config: PlanConfig) -> None:
         costs[name] = cost(run, memory)
     console.print(table(runs, costs, config))
     if config.json:
-        Path(config.json).write_text(json.dumps(costs, indent=2) + "\n")
+        run_folder.write_json(Path(config.json), costs)
     too_large = {name: row for name, row in costs.items() if row["peak_bytes"] > memory}
     if too_large:
         raise UsageError(
@@ -302,6 +299,15 @@ def plan(config: PlanConfig) -> None:
                 + advice(runs[name], row)
                 for name, row in too_large.items()
             )
+        )
+
+
+def check_file(path: str | None) -> None:
+    """Tells the user, before minutes of compilation, of a file that cannot be written."""
+    if path is not None and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+        raise UsageError(
+            f"--json {path} is not a file in a folder that exists. Make the folder, or name "
+            "another file."
         )
 
 

@@ -12,7 +12,7 @@ from .config import (
     ModelConfig,
     TrainConfig,
     UsageError,
-    check_numbers,
+    check,
     lookup,
     model_of,
 )
@@ -70,7 +70,7 @@ def resolve(
       UsageError: something does not exist, is out of range or does not divide.
     """
     row = row or lookup(OPTIMIZERS, config.optimizer, "optimizer")
-    check_numbers(config)
+    check(config)
     device_mesh = make_mesh(config.mesh, devices)
     check_batch(config, device_mesh)
     model = model_of(config)

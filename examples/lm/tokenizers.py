@@ -89,12 +89,13 @@ def characters(found: list[str]) -> Codec:
     tokens = {character: token for token, character in enumerate(found)}
 
     def encode(text: bytes) -> np.ndarray:
-        unknown = set(text.decode(errors="replace")) - tokens.keys()
+        wanted = text.decode(errors="replace")
+        unknown = set(wanted) - tokens.keys()
         if unknown:
             raise UsageError(
                 f"The vocabulary of {len(found)} characters lacks {min(unknown)!r}. Leave it out."
             )
-        return np.array([tokens[c] for c in text.decode()], np.uint16)
+        return np.array([tokens[c] for c in wanted], np.uint16)
 
     def decode(numbers: list[int]) -> str:
         # A model may have more tokens than there are characters.

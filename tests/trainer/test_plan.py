@@ -161,10 +161,12 @@ def test_without_the_compiler_the_answer_says_how_to_get_it(monkeypatch, capsys)
     [
         (["--model", "gpt5"], "no model 'gpt5'"),
         (["--optimizer", "adamw", "sgd"], "no optimizer 'sgd'"),
-        (["--batch-per-chip", "0"], "--batch-per-chip has to be at least 1"),
-        (["--accumulate", "0"], "--accumulate has to be at least 1"),
-        (["--curvature-share", "-1"], "--curvature-share has to be at least 1"),
-        (["--update-interval", "0"], "--update-interval has to be at least 1"),
+        (["--batch-per-chip", "0"], "--batch-per-chip is 0. It has to be at least 1"),
+        (["--accumulate", "0"], "--accumulate is 0. It has to be at least 1"),
+        (["--curvature-share", "-1"], "--curvature-share is -1. It has to be at least 1"),
+        (["--update-interval", "0"], "--update-interval is 0. It has to be at least 1"),
+        (["--json", "nowhere/plan.json"], "not a file in a folder that exists. Make the folder"),
+        (["--json", "."], "--json . is not a file"),
     ],
 )
 def test_what_cannot_be_planned_is_refused_before_anything_is_compiled(arguments, message, capsys):

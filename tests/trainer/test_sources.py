@@ -139,6 +139,8 @@ def test_a_run_on_characters_samples_and_generates_without_their_file(tmp_path, 
     assert set(text) <= set(CHARACTERS)
     assert worker.run(["generate", "--out", str(out), "--prompt", "To be"]) == 2
     assert "lacks 'T'" in capsys.readouterr().err
+    assert worker.run(["generate", "--out", str(out), "--prompt", "\udcff"]) == 2  # a byte, 255
+    assert "lacks '\ufffd'" in capsys.readouterr().err
     assert worker.run(["train", "--resume", "--out", str(out)]) == 0
 
 

@@ -1,15 +1,20 @@
 """Wrong invocations of the trainer: one sentence, exit code 2, nothing written."""
 
+import argparse
+import dataclasses
 import sys
+import typing
 
 import jax
 import numpy as np
 import pytest
 from rich.console import Console
 
+from examples import arguments
 from examples.lm import compare, data
-from examples.lm.__main__ import main
+from examples.lm.__main__ import COMMANDS, main
 from examples.lm.config import TrainConfig
+from examples.lm.generate import GenerateConfig
 from examples.lm.run import resolve
 from tests.trainer import worker
 
@@ -102,6 +107,46 @@ def test_a_wrong_invocation_ends_in_one_sentence_and_code_2(
     assert expected in message
     assert len(message.splitlines()) == 1
     assert {p: p.read_bytes() for p in places.rglob("*") if p.is_file()} == before
+
+
+EMPTY = {"compare": "--optimizers", "tune": "--optimizers", "plan": "--optimizer"}
+
+
+@pytest.mark.parametrize("command", EMPTY)
+def test_a_flag_that_takes_several_names_takes_at_least_one(command, capsys):
+    assert main([command, EMPTY[command]]) == 2
+    assert capsys.readouterr().err == f"{EMPTY[command]} is empty. Give it a value.\n"
+
+
+def numbers(kind, prefix=""):
+    """The flags of a command that take a number, but for the mesh's, which may be -1."""
+    for name, hint in typing.get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint) and name != "mesh":
+            yield from numbers(hint, f"{name}.")
+        elif {int, float} & {hint, *typing.get_args(hint)}:
+            yield prefix + name, float in (hint, *typing.get_args(hint))
+
+
+def test_every_number_of_every_command_is_checked(capsys):
+    for kind in COMMANDS:
+        command = kind.__name__.removesuffix("Config").lower()
+        out = ["--out", "none"] if kind is GenerateConfig else []
+        for name, is_float in numbers(kind):
+            for value in ("-1e9", "nan", "inf") if is_float else ("-9", str(2**70)):
+                given = f"--{name.replace('_', '-')}={value}"
+                assert main([command, *out, given]) == 2
+                assert "It has to be" in capsys.readouterr().err, (command, given)
+
+
+@pytest.mark.parametrize("flags", ["--steps 0", "--seed -1", "--seed 99999999999999999999"])
+def test_the_small_examples_refuse_the_same_numbers(flags, monkeypatch, capsys):
+    parser = argparse.ArgumentParser()
+    for flag in ("--steps", "--seed"):
+        parser.add_argument(flag, type=int, default=1)
+    monkeypatch.setattr(sys, "argv", ["vision", *flags.split()])
+    with pytest.raises(SystemExit):
+        arguments.parsed(parser)
+    assert "It has to be at least" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

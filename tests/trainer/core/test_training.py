@@ -501,6 +501,16 @@ def test_the_linen_example_trains_in_shards_on_eight_devices():
     )
 
 
+def test_the_linen_example_trains_on_batches_of_one():
+    subprocess.run(
+        [sys.executable, "-m", "examples.linen_lm", "--steps", "1", "--batch-size", "1"],
+        cwd=worker.ROOT,
+        env=worker.environment(devices=1),
+        check=True,
+        timeout=200,
+    )
+
+
 @pytest.mark.parametrize(("name", "absolute"), [("sophia_h", True), ("sophia_h_paper", False)])
 def test_negative_curvature_steps_by_its_size_unless_the_row_is_the_papers(name, absolute):
     row = OPTIMIZERS[name]
