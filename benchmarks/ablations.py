@@ -35,8 +35,8 @@ from benchmarks.lib.journal import Journal
 from benchmarks.lib.plots import line_over_seeds
 from benchmarks.lib.provenance import RESULTS, provenance
 from benchmarks.lib.sweep import Runs
-from benchmarks.lib.tables import NAMES
 from benchmarks.lm_race import QUICK, REGIMES, raced
+from benchmarks.tables.formats import NAMES
 from examples.lm import data
 from examples.lm.model import parameter_count
 from examples.lm.optimizers import MUON_MATRICES, Optimizer, matrix_axes, sophia

@@ -15,7 +15,8 @@ import dataclasses
 import functools
 import itertools
 import json
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from benchmarks.lib.sweep import TUNING_SEED, Runs, Workload, compiled
 from examples.lm import data, plan
 from examples.lm.config import ModelConfig
 from examples.lm.model import parameter_count
-from examples.lm.tune import LADDERS, search
+from examples.lm.tune import LADDERS, Point, search
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Regime:
       budgets: steps of the raced runs, each with a full decay.
       tries: points that each entrant may try.
       seeds: of the raced runs; tuning uses another.
+      more_tries: of the entrants that may try more.
     """
 
     workload: Workload
@@ -50,6 +52,11 @@ class Regime:
     budgets: tuple[int, ...]
     tries: int = 16
     seeds: tuple[int, ...] = (0, 1, 2)
+    more_tries: Mapping[str, int] = field(default_factory=dict)
+
+    def search(self, name: str, loss_of: Callable[[Point], float]) -> dict[str, Any]:
+        """Tunes an entrant with the tries that it has; returns what `tune.search` does."""
+        return search(ENTRANTS[name].grid, self.more_tries.get(name, self.tries), loss_of)
 
 
 REGIMES = {
@@ -107,11 +114,7 @@ def enter(
     """Tunes one entrant and runs its best point at every budget and seed."""
     row, setup = ENTRANTS[name], QUICK if config.quick else REGIMES[regime]
     runs = Runs(journal, corpus, setup.workload.run(row), regime=regime, entrant=name)
-    found = search(
-        row.grid,
-        setup.tries,
-        lambda point: runs(point, setup.steps, TUNING_SEED, "tune")["loss"],
-    )
+    found = setup.search(name, lambda point: runs(point, setup.steps, TUNING_SEED, "tune")["loss"])
     print(regime, name, found, flush=True)
     if config.tune_only:
         return
@@ -168,16 +171,34 @@ def costs(
     return flops, seconds
 
 
-def finished(journal: Journal, regime: str, name: str) -> bool:
-    """Whether an entrant has run at every budget and seed."""
-    setup = REGIMES[regime]
-    raced = {
-        (row["key"]["steps"], row["key"]["seed"])
-        for row in journal.rows
-        if (row["key"]["regime"], row["key"]["entrant"]) == (regime, name)
-        and row["key"]["split"] == "validation"
-    }
-    return raced >= set(itertools.product(setup.budgets, setup.seeds))
+def finished(journal: Journal, regime: str, name: str) -> list[dict[str, Any]]:
+    """An entrant's rows in a journal: its tries, and its best point at every budget and seed.
+
+    Args:
+      journal: that of the race. It may hold more, such as a race at the best of fewer tries.
+      regime: a name in `REGIMES`.
+      name: a name in `ENTRANTS`.
+
+    Returns:
+      The rows; none where one of them is missing.
+    """
+    setup, names = REGIMES[regime], {"regime": regime, "entrant": name}
+    rows = []
+
+    def read(point: Point, steps: int, seed: int, split: str) -> dict[str, Any]:
+        key = {**names, "steps": steps, "seed": seed, "split": split, **point}
+        rows.append(next(row for row in journal.rows if row["key"] == key))
+        return rows[-1]
+
+    try:
+        found = setup.search(
+            name, lambda point: read(point, setup.steps, TUNING_SEED, "tune")["loss"]
+        )
+        for budget, seed in itertools.product(setup.budgets, setup.seeds):
+            read(found["point"], budget, seed, "validation")
+    except StopIteration:
+        return []
+    return rows
 
 
 def race(config: RaceConfig) -> None:
@@ -193,11 +214,13 @@ def race(config: RaceConfig) -> None:
         return
     # The tables have all entrants that have finished, not only those of this command.
     compared = [regime for regime in REGIMES if finished(journal, regime, "adamw")]
-    pairs = itertools.product(compared, ENTRANTS)
-    done = [pair for pair in pairs if finished(journal, *pair)]
-    flops, seconds = costs(done, RESULTS / "lm_race.json")
-    chosen = [row for row in journal.rows if (row["key"]["regime"], row["key"]["entrant"]) in done]
-    summary = race_table.summarize(chosen, flops, seconds)
+    done = {
+        pair: rows
+        for pair in itertools.product(compared, ENTRANTS)
+        if (rows := finished(journal, *pair))
+    }
+    flops, seconds = costs(list(done), RESULTS / "lm_race.json")
+    summary = race_table.summarize(list(itertools.chain(*done.values())), flops, seconds)
     settings = {
         name: {
             **dataclasses.asdict(REGIMES[name]),

@@ -9,7 +9,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from benchmarks.lib.tables import NAMES, SUMMARY
+from benchmarks.tables.formats import NAMES
+from benchmarks.tables.lm_race import SUMMARY
 
 Row = dict[str, Any]
 
@@ -43,7 +44,10 @@ def losses_by_seed(rows: list[Row]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def advantage(rows: list[Row], adamw: list[Row], budget: int) -> dict[str, Any]:
-    """How many times fewer steps an entrant takes to AdamW's mean loss at a budget."""
+    """How many times fewer steps an entrant takes to AdamW's mean loss at a budget.
+
+    A ratio is a lower bound where the entrant's shortest runs already reach the loss.
+    """
     budgets, losses = losses_by_seed(adamw)
     target = float(losses[:, list(budgets).index(budget)].mean())
     budgets, losses = losses_by_seed(rows)
@@ -54,6 +58,8 @@ def advantage(rows: list[Row], adamw: list[Row], budget: int) -> dict[str, Any]:
         "adamw_loss": target,
         "ratio": None if mean is None else budget / mean,
         "ratio_by_seed": ratios,
+        "bound": mean is not None and mean == float(budgets[0]),
+        "bound_by_seed": [s is not None and s == float(budgets[0]) for s in steps],
     }
 
 

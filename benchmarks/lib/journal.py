@@ -5,9 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.lib.provenance import commit
+
 
 class Journal:
-    """A file of one JSON object a line: what was asked (`key`), and what came out.
+    """A file of one JSON object a line: what was asked (`key`), what came out, and at which commit.
 
     Attributes:
       rows: its content.
@@ -23,7 +25,7 @@ class Journal:
         for row in self.rows:
             if row["key"] == key:
                 return row
-        row = {"key": key, **make()}
+        row = {"key": key, **make(), "commit": commit()}
         self.rows.append(row)
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from importlib.metadata import version
@@ -47,7 +48,7 @@ def provenance(module: str) -> dict[str, Any]:
       The command, the commit, versions and machine.
     """
     return {
-        "command": " ".join(["python -m", module, *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
         "commit": commit(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},

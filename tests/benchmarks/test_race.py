@@ -38,11 +38,11 @@ def test_a_finished_entrant_is_read_from_the_journal_without_another_run(regime,
     def compiles(run):
         raise AssertionError("a run of the journal was not recognised")
 
-    setup, row = REGIMES[regime], ENTRANTS[name]
-    run = setup.workload.run(row)
+    setup = REGIMES[regime]
+    run = setup.workload.run(ENTRANTS[name])
     runs = Runs(JOURNAL, None, run, make=compiles, regime=regime, entrant=name)
     tune = [setup.steps, TUNING_SEED, "tune"]
-    found = search(row.grid, setup.tries, lambda point: runs(point, *tune)["loss"])
+    found = setup.search(name, lambda point: runs(point, *tune)["loss"])
     for budget in setup.budgets:
         for seed in setup.seeds:
             assert runs(found["point"], budget, seed, "validation")["loss"] > 0
