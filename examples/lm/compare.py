@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from . import data, generate, hosts, plot, record, report, run_folder, timing
+from . import data, generate, hosts, optimizers, plot, record, report, run_folder, timing
 from .checkpoint import Checkpoints
 from .config import CompareConfig, LoopConfig, TrainConfig, compared
 from .loop import Result, fit
@@ -26,6 +26,8 @@ def compare(config: CompareConfig) -> None:
 
 def train(config: TrainConfig) -> None:
     """Trains one model with one optimizer, or continues where it stopped."""
+    if not config.resume:  # a run from before this was refused goes on with what it has recorded
+        optimizers.check_used(config)
     train_and_report(config, {config.optimizer: config}, "train")
 
 

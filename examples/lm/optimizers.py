@@ -19,6 +19,7 @@ from .config import (
     ModelConfig,
     TrainConfig,
     UsageError,
+    flag,
     lookup,
     model_of,
 )
@@ -235,6 +236,7 @@ class Optimizer:
         of `tune.LADDERS`, in the order in which their neighbours are tried. Those that are not in
         it keep the values of `tiny`. Empty for an optimizer that is not tuned.
       eigenbasis: whether it steps in the eigenbasis of each matrix.
+      takes_win_rate: whether its gamma may follow from a win rate.
     """
 
     build: Callable[..., optax.GradientTransformation]
@@ -243,6 +245,17 @@ class Optimizer:
     curvature: Curvature | None = None
     grid: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     eigenbasis: bool = False
+    takes_win_rate: bool = False
+
+    def uses(self, name: str) -> bool:
+        """Whether a hyperparameter, or `curvature_batch`, changes anything: others stay unset."""
+        if name == "win_rate":
+            return self.takes_win_rate
+        if name == "update_interval":
+            return self.curvature is not None
+        if name == "curvature_batch":
+            return self.curvature is not None and not self.curvature.whole_batch
+        return getattr(self.tiny, name) is not None
 
     def transformation(
         self,
@@ -272,6 +285,7 @@ OPTIMIZERS = {
     ),
     "sophia_g": Optimizer(
         sophia_g,
+        takes_win_rate=True,
         tiny=Hyperparameters(4e-3, b1=0.8, b2=0.99, gamma=0.2, weight_decay=0.1, warmup=0.2),
         large=Hyperparameters(4e-4, b1=0.965, b2=0.99, gamma=0.05, weight_decay=0.2, warmup=0.02),
         curvature=GAUSS_NEWTON,
@@ -284,6 +298,7 @@ OPTIMIZERS = {
     ),
     "sophia_h": Optimizer(
         sophia_h,
+        takes_win_rate=True,
         tiny=Hyperparameters(1e-2, b1=0.8, b2=0.99, gamma=0.05, weight_decay=0.1, warmup=0.05),
         large=Hyperparameters(4e-4, b1=0.965, b2=0.99, gamma=0.01, weight_decay=0.2, warmup=0.02),
         curvature=HUTCHINSON,
@@ -297,6 +312,7 @@ OPTIMIZERS = {
     # h instead of |h|: a coordinate whose h is negative takes a sign step.
     "sophia_h_paper": Optimizer(
         functools.partial(sophia_h, absolute_curvature=False),
+        takes_win_rate=True,
         tiny=Hyperparameters(6e-3, b1=0.7, b2=0.99, gamma=0.02, weight_decay=0.1, warmup=0.2),
         large=Hyperparameters(4e-4, b1=0.965, b2=0.99, gamma=0.01, weight_decay=0.2, warmup=0.02),
         curvature=HUTCHINSON,
@@ -309,6 +325,7 @@ OPTIMIZERS = {
     ),
     "sophia_g_eigenbasis": Optimizer(
         sophia_g,
+        takes_win_rate=True,
         tiny=Hyperparameters(
             8e-3, b1=0.8, b2=0.95, gamma=0.2, weight_decay=0.1, warmup=0.05, basis_interval=1
         ),
@@ -327,6 +344,7 @@ OPTIMIZERS = {
     ),
     "sophia_h_eigenbasis": Optimizer(
         sophia_h,
+        takes_win_rate=True,
         tiny=Hyperparameters(
             8e-3, b1=0.8, b2=0.95, gamma=0.01, weight_decay=0.1, warmup=0.05, basis_interval=1
         ),
@@ -415,6 +433,21 @@ def hyperparameters(
             raise UsageError("--gamma and --win-rate set the same thing. Give one of them.")
         given["gamma"] = None
     return dataclasses.replace(defaults, **given)
+
+
+def check_used(config: TrainConfig) -> None:
+    """Tells the user of a hyperparameter that was given and that the optimizer does not use."""
+    row = lookup(OPTIMIZERS, config.optimizer, "optimizer")
+    for field_name, default in vars(TrainConfig()).items():
+        if field_name not in (*vars(row.tiny), "curvature_batch") or row.uses(field_name):
+            continue
+        given = getattr(config, field_name)
+        if given != default:
+            others = ", ".join(name for name, other in OPTIMIZERS.items() if other.uses(field_name))
+            raise UsageError(
+                f"{flag(field_name)} is {given}, and {config.optimizer} does not use it. Leave it "
+                f"out, or choose one of: {others}."
+            )
 
 
 def learning_rate(step: Any, peak: Any, warmup: Any, steps: Any) -> jax.Array:

@@ -208,6 +208,8 @@ def training_command(config: TuneConfig, optimizer: str, point: Point) -> str:
         if field.name not in ("mesh", "out", "resume", "seed", "steps")
         and getattr(config, field.name) != field.default
     }
+    if not OPTIMIZERS[optimizer].uses("curvature_batch"):
+        given.pop("curvature_batch", None)
     flags = {"optimizer": optimizer, **given, **point}
     words = ["python", "-m", __package__, "train"]
     for name, value in flags.items():

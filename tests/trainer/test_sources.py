@@ -14,7 +14,7 @@ from examples.lm.config import UsageError
 from tests.trainer import worker
 
 RUN = ["train", "--model", "micro", "--optimizer", "adamw", "--steps", "2", "--batch-size", "8"]
-RUN += ["--curvature-batch", "8", "--eval-interval", "2", "--eval-batches", "1"]
+RUN += ["--eval-interval", "2", "--eval-batches", "1"]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -54,6 +54,12 @@ def test_every_optimizer_has_the_same_tries_and_none_is_made_again(runs, tmp_pat
     assert json.loads((out / "summary.json").read_text())["best"] == kept
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sophia_g"])
+def test_the_command_that_trains_has_the_flags_that_its_optimizer_uses(optimizer):
+    command = tune.training_command(TuneConfig(curvature_batch=4), optimizer, {})
+    assert ("--curvature-batch 4" in command) == (optimizer == "sophia_g")
+
+
 def test_fewer_tries_than_the_grid_has_points_are_said(runs, tmp_path, capsys):
     few = ["tune", "--tries", "2", "--optimizers", "adamw", "--out", str(tmp_path / "tuned")]
     assert main(few) == 0

@@ -52,6 +52,20 @@ BAD = {
     "average that forgets nothing": ("--b1 1", "--b1 is 1"),
     "no curvature scale": ("--gamma 0", "--gamma is 0"),
     "a win rate of all": ("--win-rate 1", "--win-rate is 1"),
+    "a curvature scale without curvature": (
+        "--optimizer adamw --gamma 0.3",
+        "--gamma is 0.3, and adamw does not use it. Leave it out, or choose one of: sophia_g,",
+    ),
+    "an interval without curvature": ("--optimizer lion --update-interval 5", "does not use it"),
+    "a part of the batch without curvature": (
+        "--optimizer adamw --curvature-batch 8",
+        "--curvature-batch is 8, and adamw does not",
+    ),
+    "a basis that it does not turn to": (
+        "--basis-interval 2",
+        "choose one of: sophia_g_eigenbasis",
+    ),
+    "a win rate of Optax's": ("--optimizer contrib_sophia --win-rate 0.5", "does not use it"),
     "gamma twice": ("--gamma 0.1 --win-rate 0.3", "--gamma and --win-rate"),
     "negative weight decay": ("--weight-decay -0.1", "--weight-decay is -0.1"),
     "warm-up beyond the run": ("--warmup 2", "--warmup is 2"),
