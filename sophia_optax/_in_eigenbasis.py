@@ -31,7 +31,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
 from sophia_optax import _arrays, _checks, _manual_axes, _spread_matrices, _trees
@@ -115,8 +115,9 @@ def in_eigenbasis(
       decay: β, of the averages of G Gᵀ and Gᵀ G, in [0, 1). Default: ours, not tuned.
       max_size: the longest side that has a basis; longer ones stay in their own axes.
       block_size: cuts each side into equal blocks with a basis each, of the side's largest divisor
-        up to this. A side whose largest divisor is below a quarter of it is not cut. None cuts no
-        side: L, R and their bases then take 2m² + 2n² numbers for a parameter of m x n.
+        up to this, which is 2 at least. A side whose largest divisor is 1, or below a quarter of
+        this, is not cut. None cuts no side: L, R and their bases then take 2m² + 2n² numbers for a
+        parameter of m x n.
       dimension_numbers: which axes make up the matrices, see `MatrixAxes`. None takes the last two
         axes of each parameter that has at least two, and stacks the others, as in layers under
         `jax.lax.scan` and in convolutions. Give attention kernels of shape
@@ -144,11 +145,14 @@ def in_eigenbasis(
     _checks.check_number("decay", decay, 0, 1, "[0, 1)", _SCHEDULED)
     beta = _arrays.hyperparameter(decay)
     longest = _checks.static_count("max_size", max_size, least=0)
-    largest_block = None if block_size is None else _checks.static_count("block_size", block_size)
+    largest_block = (
+        None if block_size is None else _checks.static_count("block_size", block_size, 2)
+    )
     _check_stack_sharding(stack_sharding)
     inner = optax.with_extra_args_support(inner)
 
     def views_of(params: Params) -> list[MatrixView | None]:
+        _check_not_manual(stack_sharding)
         return matrix_views(params, dimension_numbers, longest, largest_block, stack_sharding)
 
     def init(params: Params) -> InEigenbasisState:
@@ -281,10 +285,32 @@ def _check_stack_sharding(stack_sharding: NamedSharding | None) -> None:
             f"stack_sharding is {stack_sharding!r}. Pass a NamedSharding of one axis, e.g. "
             'NamedSharding(mesh, PartitionSpec("fsdp")), or None.'
         )
-    if len(stack_sharding.spec) != 1 or stack_sharding.spec[0] is None:
+    if len(stack_sharding.spec) != 1 or stack_sharding.spec[0] in (
+        None,
+        PartitionSpec.UNCONSTRAINED,
+    ):
         raise ValueError(
             f"stack_sharding has the spec {stack_sharding.spec}, but a stack has one axis to cut. "
             'Name the mesh axes for it, e.g. PartitionSpec("fsdp").'
+        )
+
+
+def _check_not_manual(stack_sharding: NamedSharding | None) -> None:
+    """Refuses a sharding over mesh axes that are manual where it is used.
+
+    Args:
+      stack_sharding: as passed to `in_eigenbasis`.
+
+    Raises:
+      ValueError: if one of its axes is manual.
+    """
+    if stack_sharding is None:
+        return
+    names = _manual_axes.names(stack_sharding.spec[0])
+    if manual := tuple(n for n in names if n in jax.sharding.get_abstract_mesh().manual_axes):
+        raise ValueError(
+            f"stack_sharding cuts stacks along the mesh axes {manual}, which are manual inside of "
+            "jax.shard_map. Leave stack_sharding out there: each device turns what it has."
         )
 
 

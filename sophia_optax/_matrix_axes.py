@@ -170,8 +170,17 @@ def matrix_view(
 
 
 def _block(size: int, block_size: int | None) -> int:
-    """The largest divisor of a side up to the block size; the side if that is below a quarter."""
+    """Decides how long the blocks of a side are.
+
+    Args:
+      size: of the side.
+      block_size: the longest block, or None.
+
+    Returns:
+      The largest divisor of the side up to the block size. The side itself where that is below a
+      quarter of the block size, or one: a basis of one axis turns nothing.
+    """
     if block_size is None or size <= block_size:
         return size
     block = next(b for b in range(block_size, 0, -1) if size % b == 0)
-    return block if 4 * block >= block_size else size
+    return block if block > 1 and 4 * block >= block_size else size

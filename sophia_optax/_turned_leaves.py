@@ -1,5 +1,7 @@
 """The leaves of a tree that have a basis: their turn, and what an inner state keeps of them."""
 
+import functools
+from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -235,8 +237,17 @@ def _average(basis: Basis, sums: Basis, decay: Any) -> tuple[Basis, Bool[Array, 
     return basis._replace(left=left, right=right), finite
 
 
-class EigenbasisCoordinates(NamedTuple):
-    """The `Coordinates` in which the inner transformation works."""
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["bases"], meta_fields=["leaves"])
+@dataclass(frozen=True)
+class EigenbasisCoordinates:
+    """The `Coordinates` in which the inner transformation works.
+
+    A pytree, so that the estimator may be compiled by itself.
+
+    Attributes:
+      leaves: what is turned, which is static.
+      bases: the bases.
+    """
 
     leaves: TurnedLeaves
     bases: tuple[Basis, ...]

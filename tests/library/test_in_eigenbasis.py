@@ -174,9 +174,14 @@ def on_one_device(*spec: str | None) -> NamedSharding:
         ({"dimension_numbers": {"v": None}}, ValueError, "structure of the params"),
         ({"basis_interval": 0}, ValueError, "basis_interval is 0"),
         ({"decay": 1.0}, ValueError, "decay is 1.0"),
-        ({"block_size": 0}, ValueError, "block_size is 0"),
+        ({"block_size": 1}, ValueError, "block_size is 1"),
         ({"stack_sharding": on_one_device(None)}, ValueError, "one axis to cut"),
         ({"stack_sharding": on_one_device("x", None)}, ValueError, "one axis to cut"),
+        (
+            {"stack_sharding": on_one_device(PartitionSpec.UNCONSTRAINED)},
+            ValueError,
+            "one axis to cut",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(keywords: Any, error: Any, message: str) -> None:
@@ -370,6 +375,15 @@ def test_the_estimator_runs_on_its_own_refreshes_alone() -> None:
     for _ in range(6):
         state = update(state)
     assert calls.so_far() == 3
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_an_estimator_may_be_compiled_by_itself(estimator: str) -> None:
+    tx, hessian_fn = sophia(), ESTIMATORS[estimator](PARAMS)
+    grads, state = gradients(), tx.init(PARAMS)
+    expected = tx.update(grads, state, PARAMS, hessian_fn=hessian_fn)
+    found = tx.update(grads, state, PARAMS, hessian_fn=jax.jit(hessian_fn))
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_an_estimator_for_the_plain_axes_alone_is_refused_with_the_way_out() -> None:
@@ -670,6 +684,28 @@ def test_a_stack_sharding_works_without_jit_and_under_vmap() -> None:
     chex.assert_trees_all_close([spread(g) for g in grads], expected, rtol=1e-4, atol=1e-5)
     together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *expected)
     chex.assert_trees_all_close(jax.jit(jax.vmap(spread))(grads), together, rtol=1e-4, atol=1e-5)
+
+
+def test_a_stack_sharding_over_manual_axes_is_refused() -> None:
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    tx = in_eigenbasis(optax.trace(0.9), stack_sharding=NamedSharding(mesh, PartitionSpec("data")))
+    spec = PartitionSpec("data")
+    step = jax.shard_map(lambda g: tx.update(g, tx.init(g))[0], in_specs=spec, out_specs=spec)
+    with (
+        jax.set_mesh(mesh),
+        pytest.raises(ValueError, match=r"\('data',\).*Leave stack_sharding out"),
+    ):
+        jax.eval_shape(step, jnp.ones((8, 6, 4)))
+
+
+@pytest.mark.parametrize(
+    ("size", "block_size", "block"),
+    [(12, 4, 4), (7, 4, 7), (7, 2, 7), (6, 4, 3), (10, 9, 5), (26, 12, 26)],
+)
+def test_a_block_is_a_divisor_that_is_not_too_small(size: int, block_size: int, block: int) -> None:
+    view = matrix_view((size, 2), (0,), (1,), max_size=64, block_size=block_size)
+    assert view is not None
+    assert view.view[1:3] == (size // block, block)
 
 
 def test_more_parameters_are_no_more_products_for_a_tpu() -> None:
