@@ -103,8 +103,12 @@ def by_file(names: Sequence[str], texts: Sequence[bytes]) -> dict[str, bytes]:
 
 
 def text_files(pattern: str) -> dict[str, bytes]:
-    """The user's own files, as a glob pattern names them."""
-    paths = [Path(p) for p in sorted(glob.glob(pattern, recursive=True)) if Path(p).is_file()]
+    """The user's own files, as a path or else a glob pattern names them."""
+    named = Path(pattern).expanduser()
+    found = [named] if named.exists() else map(Path, glob.glob(str(named), recursive=True))
+    paths = sorted(path for path in found if path.is_file())
+    if named.is_dir():
+        raise UsageError(f"{named} is a folder. Name its files: --data 'text:{named}/**/*.txt'.")
     if not paths:
         raise UsageError(f"No file matches {pattern!r}. Check the pattern of --data text:PATTERN.")
     texts = []
@@ -121,11 +125,12 @@ def token_files(folder: str, kept: Path | None = None) -> Corpus:
 
     Their tokens are the characters of a meta.pkl, or GPT-2's.
     """
-    codec = tokenizers.of_token_files(Path(folder), kept)
+    place = Path(folder).expanduser()
+    codec = tokenizers.of_token_files(place, kept)
     size = GPT2_VOCABULARY if codec is None else codec.size
     arrays = {}
     for name in ("train", "val"):
-        path = Path(folder) / f"{name}.bin"
+        path = place / f"{name}.bin"
         if not path.is_file():
             raise UsageError(f"There is no {path}. --data bin:FOLDER needs train.bin and val.bin.")
         if path.stat().st_size == 0 or path.stat().st_size % 2:

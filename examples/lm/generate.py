@@ -87,6 +87,7 @@ def text_after(
 
 def printable(text: str) -> str:
     """The text without control characters, which a terminal would obey."""
+    text = text.replace("\r\n", "\n")
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
 
 

@@ -120,6 +120,11 @@ def settings(config: RunConfig, runs: dict[str, Run]) -> dict[str, Any]:
 def read(folder: Path) -> dict[str, Any]:
     """What `write` wrote, or an earlier version of it."""
     found = run_folder.read_json(folder / run_folder.RECORD)
+    if found.get("version", 1) > VERSION:
+        raise UsageError(
+            f"{folder / run_folder.RECORD} is of version {found['version']}, and this trainer "
+            f"writes version {VERSION}. Go on with the trainer that wrote it."
+        )
     if found.get("version", 1) == 1:
         # --absolute-curvature was off where it was not given, or not known yet.
         absolute = found.pop("absolute_curvature", False)

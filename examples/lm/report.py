@@ -122,6 +122,7 @@ class Profiler:
 
     def __init__(self, folder: Path, steps: int):
         self.folder, self.steps, self.recording = folder, steps, False
+        self.started = False
 
     def turns(self, taken: int) -> bool:
         """Whether it starts or ends before the next step; that takes seconds."""
@@ -131,15 +132,17 @@ class Profiler:
         """Starts before the first step to record, and ends before the one after the last."""
         if self.steps and taken == self.COMPILING:
             jax.profiler.start_trace(self.folder, create_perfetto_trace=True)
-            self.recording = True
+            self.recording = self.started = True
         elif taken == self.COMPILING + self.steps:
             self.close()
 
     def close(self) -> None:
-        """Writes what has been recorded."""
+        """Writes what has been recorded, and says where there was nothing to record."""
         if self.recording:
             self.recording = False
             jax.profiler.stop_trace()
+        elif self.steps and not self.started:
+            print(f"No step was profiled: it begins after {self.COMPILING} steps.")
 
 
 def tracker(

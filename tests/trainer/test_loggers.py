@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import matplotlib.pyplot as plt
 import pytest
 
-from examples.lm import plot
+from examples.lm import plot, report
 from tests.trainer import worker
 from tests.trainer.worker import RUN
 
@@ -56,6 +56,13 @@ def test_a_gamma_that_does_not_change_is_not_drawn(tmp_path):
 
 
 # --- the profiler ---------------------------------------------------------------------------------
+
+
+def test_a_run_that_ends_before_its_profile_says_so(tmp_path, capsys):
+    profile = report.Profiler(tmp_path, 10)
+    profile.before(0)
+    profile.close()
+    assert "No step was profiled: it begins after 2 steps." in capsys.readouterr().out
 
 
 def test_a_profile_holds_as_many_steps_as_asked_for(tmp_path, compiled):

@@ -129,6 +129,12 @@ def test_the_first_versions_sophia_h_used_h_unless_it_was_told_otherwise(absolut
     assert config.steps == 7
 
 
+def test_a_run_of_a_later_version_is_not_guessed_at(tmp_path):
+    (tmp_path / "run.json").write_text('{"version": 99}')
+    with pytest.raises(UsageError, match=r"is of version 99.*Go on with the trainer that wrote it"):
+        record.read(tmp_path)
+
+
 @pytest.mark.parametrize("version", [2, 3])
 def test_an_older_comparison_goes_on_without_runs_of_half_of_the_steps(version, tmp_path):
     found = {"version": version, "optimizers": ["adamw", "sophia_g_eigenbasis"], "steps": 7}
@@ -326,7 +332,7 @@ def test_a_pipe_gets_a_line_for_each_log_interval_and_a_closing(tmp_path, capsys
 
 
 def test_a_sample_cannot_send_commands_to_the_terminal():
-    assert generate.printable("a\tb\nø∂\x1b[2J\x9b\r\0") == "a\tb\nø∂�[2J���"
+    assert generate.printable("a\tb\r\nø∂\x1b[2J\x9b\r\0") == "a\tb\nø∂�[2J���"
 
 
 # --- signals --------------------------------------------------------------------------------------

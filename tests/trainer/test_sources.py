@@ -377,6 +377,15 @@ def test_null_documents_are_left_out_of_a_stream_and_counted(dataset, capsys):
     assert next(windows(corpus)).shape == (4, 17)
 
 
+def test_a_path_may_hold_what_a_pattern_means_otherwise(tmp_path, monkeypatch):
+    (tmp_path / "a[1].txt").write_text("in brackets " * 100)
+    (tmp_path / "a1.txt").write_text("matches the pattern " * 100)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    corpus = data.load("text:~/a[1].txt")
+    assert corpus.codec is not None
+    assert corpus.codec.decode(corpus.train[:11].tolist()) == "in brackets"
+
+
 def test_a_document_that_is_no_text_is_said():
     with pytest.raises(UsageError, match=r"of type int \(7\)|of type int \('7'\)"):
         data.beginning([{"text": "a document"}, {"text": 7}])

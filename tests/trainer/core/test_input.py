@@ -85,6 +85,7 @@ BAD = {
     "cluster that is none": ("--hosts.auto", "did not meet"),
     "resume without a folder": ("--resume", "--out"),
     "resume with nothing there": ("--resume --out {tmp}/nothing", "no run to resume"),
+    "a folder instead of files": ("--data text:{tmp}", "is a folder. Name its files"),
     "files that do not exist": ("--data text:{tmp}/*.none", "No file matches"),
     "empty files": ("--data text:{tmp}/empty.txt", "are empty"),
     "text shorter than a window": ("--data text:{tmp}/short.txt", "has 17 tokens"),
