@@ -1,15 +1,16 @@
-"""The command line of the small examples."""
+"""Numbers on the command lines of the small examples."""
 
 import argparse
+from collections.abc import Callable
 
-from examples.lm.config import UsageError, check
 
+def whole(least: int) -> Callable[[str], int]:
+    """A type for `argparse`: whole numbers from `least` on that fit JAX's integers."""
 
-def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The arguments. What the language model trainer would refuse, the parser refuses."""
-    config = parser.parse_args()
-    try:
-        check(config)
-    except UsageError as error:
-        parser.error(str(error))
-    return config
+    def number(text: str) -> int:
+        found = int(text)
+        if not least <= found < 2**31:
+            raise argparse.ArgumentTypeError(f"{text} is not from {least} to {2**31 - 1}")
+        return found
+
+    return number

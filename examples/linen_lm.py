@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import sophia_optax
 import sophia_optax.linen
-from examples import arguments
+from examples.arguments import whole
 from examples.lm import data
 from examples.lm.optimizers import is_matrix, learning_rate
 from examples.lm.run import half
@@ -107,9 +107,9 @@ def main(steps: int, batch_size: int) -> list[float]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--batch-size", type=int, default=16)
-    config = arguments.parsed(parser)
+    parser.add_argument("--steps", type=whole(1), default=500)
+    parser.add_argument("--batch-size", type=whole(1), default=16)
+    config = parser.parse_args()
     if config.batch_size % jax.device_count():
         parser.error(f"--batch-size is a multiple of the {jax.device_count()} devices.")
     main(**vars(config))

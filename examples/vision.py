@@ -31,7 +31,7 @@ from flax import nnx
 from sklearn.datasets import load_digits
 
 import sophia_optax
-from examples import arguments
+from examples.arguments import whole
 
 SMOOTHING = 0.1
 SIGMA = 0.2  # of a pixel, where black is 0 and white 1
@@ -254,11 +254,11 @@ def optimizers(steps: int) -> dict[str, tuple[optax.GradientTransformation, Esti
 def main(tasks: dict[str, Callable[[], Task]] = TASKS) -> None:
     """Trains each task with each optimizer and prints what is left on the test images."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=200, help="of each run")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=whole(1), default=200, help="of each run")
+    parser.add_argument("--seed", type=whole(0), default=0)
     names = list(ESTIMATORS)
     parser.add_argument("--optimizers", nargs="+", choices=names, default=names)
-    config = arguments.parsed(parser)
+    config = parser.parse_args()
     splits, built = digits(), optimizers(config.steps)
     for task_name, make in tasks.items():
         for name in config.optimizers:

@@ -731,7 +731,7 @@ def test_a_loop_over_tiles_is_all_of_them_at_once(
 ) -> None:
     # Tiles of one size in matrices of several, one that no block divides, and a long side. Bases
     # of 3 x 3: those of 2 x 2 are symmetric.
-    shapes = [(4, 3, 6), (2, 6, 3), (3, 9, 6), (1, 5, 6), (1, 19, 3)]
+    shapes = [(4, 3, 6), (2, 6, 3), (3, 9, 6), (1, 5, 6), (1, 18, 3)]
     xs = [np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32) for shape in shapes]
     views = [
         matrix_view(
@@ -739,7 +739,7 @@ def test_a_loop_over_tiles_is_all_of_them_at_once(
             (1,),
             (2,),
             turns=turns,
-            max_size=19,
+            max_size=18,
             block_size=3,
             stack_sharding=on_one_device("x"),
         )
@@ -766,8 +766,8 @@ def test_a_loop_over_tiles_is_all_of_them_at_once(
     one_by_one = [step([x[i] for x in xs]) for i in range(2)]
     assert any(loops)
     together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *one_by_one)
-    chex.assert_trees_all_close(together, at_once, atol=1e-6)
-    chex.assert_trees_all_close(jax.jit(jax.vmap(everything))(xs), at_once, atol=1e-6)
+    chex.assert_trees_all_close(together, at_once, atol=1e-5)
+    chex.assert_trees_all_close(jax.jit(jax.vmap(everything))(xs), at_once, atol=1e-5)
 
 
 # Neither of low rank nor divided by their own size: both would enlarge rounding a thousandfold.

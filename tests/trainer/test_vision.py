@@ -338,7 +338,7 @@ def test_a_run_learns_and_repeats_itself(tiny):
 def test_copied_out_of_the_repository_the_examples_run(tmp_path):
     folder = tmp_path / "examples"
     folder.mkdir()
-    for name in ("__init__", "vision", "contrastive"):
+    for name in ("__init__", "arguments", "vision", "contrastive"):
         shutil.copy(worker.ROOT / "examples" / f"{name}.py", folder)
     (tmp_path / "installed").mkdir()
     (tmp_path / "installed" / "sophia_optax").symlink_to(worker.ROOT / "sophia_optax")
