@@ -71,6 +71,8 @@ REGIMES = {
         125,
         (63, 125, 250),
         tries=8,
+        # Eight are the grid alone, and AdamW's best point was a corner of it.
+        more_tries={"adamw": 16},
     ),
 }
 QUICK = Regime(
