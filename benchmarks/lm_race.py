@@ -72,7 +72,7 @@ REGIMES = {
         (63, 125, 250),
         tries=8,
         # Eight are the grid alone, and AdamW's best point was a corner of it.
-        more_tries={"adamw": 16},
+        more_tries={"adamw": 16, "sophia_g_eigenbasis": 16},
     ),
 }
 QUICK = Regime(
