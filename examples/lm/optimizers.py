@@ -436,10 +436,14 @@ def hyperparameters(
 
 
 def check_used(config: TrainConfig) -> None:
-    """Tells the user of a hyperparameter that was given and that the optimizer does not use."""
+    """Tells the user of a hyperparameter that was given and that the optimizer does not use.
+
+    The part of the batch for the curvature is a setting of the run, which a script may give for
+    optimizers with and without curvature.
+    """
     row = lookup(OPTIMIZERS, config.optimizer, "optimizer")
     for field_name, default in vars(TrainConfig()).items():
-        if field_name not in (*vars(row.tiny), "curvature_batch") or row.uses(field_name):
+        if field_name not in vars(row.tiny) or row.uses(field_name):
             continue
         given = getattr(config, field_name)
         if given != default:

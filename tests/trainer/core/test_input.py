@@ -57,10 +57,6 @@ BAD = {
         "--gamma is 0.3, and adamw does not use it. Leave it out, or choose one of: sophia_g,",
     ),
     "an interval without curvature": ("--optimizer lion --update-interval 5", "does not use it"),
-    "a part of the batch without curvature": (
-        "--optimizer adamw --curvature-batch 8",
-        "--curvature-batch is 8, and adamw does not",
-    ),
     "a basis that it does not turn to": (
         "--basis-interval 2",
         "choose one of: sophia_g_eigenbasis",
