@@ -3,6 +3,7 @@
 import functools
 import glob
 import hashlib
+import os
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -104,11 +105,11 @@ def by_file(names: Sequence[str], texts: Sequence[bytes]) -> dict[str, bytes]:
 
 def text_files(pattern: str) -> dict[str, bytes]:
     """The user's own files, as a path or else a glob pattern names them."""
-    named = Path(pattern).expanduser()
-    found = [named] if named.exists() else map(Path, glob.glob(str(named), recursive=True))
-    paths = sorted(path for path in found if path.is_file())
-    if named.is_dir():
+    named = os.path.expanduser(pattern)
+    if os.path.isdir(named):
         raise UsageError(f"{named} is a folder. Name its files: --data 'text:{named}/**/*.txt'.")
+    found = [named] if os.path.exists(named) else sorted(glob.glob(named, recursive=True))
+    paths = [Path(name) for name in found if os.path.isfile(name)]
     if not paths:
         raise UsageError(f"No file matches {pattern!r}. Check the pattern of --data text:PATTERN.")
     texts = []
@@ -125,7 +126,7 @@ def token_files(folder: str, kept: Path | None = None) -> Corpus:
 
     Their tokens are the characters of a meta.pkl, or GPT-2's.
     """
-    place = Path(folder).expanduser()
+    place = Path(os.path.expanduser(folder))
     codec = tokenizers.of_token_files(place, kept)
     size = GPT2_VOCABULARY if codec is None else codec.size
     arrays = {}

@@ -386,6 +386,22 @@ def test_a_path_may_hold_what_a_pattern_means_otherwise(tmp_path, monkeypatch):
     assert corpus.codec.decode(corpus.train[:11].tolist()) == "in brackets"
 
 
+def test_the_order_of_the_files_is_that_of_their_names(tmp_path):
+    """A run that goes on needs the text that it began with."""
+    for name in ("a/x.txt", "a-b/x.txt"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(f"{name} " * 100)
+    corpus = data.load(f"text:{tmp_path}/*/x.txt")
+    assert corpus.codec is not None
+    assert corpus.codec.decode(corpus.train[:9].tolist()) == "a-b/x.txt"
+
+
+@pytest.mark.parametrize("place", ["~no-such-user/a.txt", "a" * 300])
+def test_a_path_that_cannot_be_is_one_sentence(place):
+    with pytest.raises(UsageError, match="No file matches"):
+        data.load(f"text:{place}")
+
+
 def test_a_document_that_is_no_text_is_said():
     with pytest.raises(UsageError, match=r"of type int \(7\)|of type int \('7'\)"):
         data.beginning([{"text": "a document"}, {"text": 7}])
