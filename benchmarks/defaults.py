@@ -45,7 +45,7 @@ from matplotlib.figure import Figure
 import sophia_optax
 from benchmarks.lib.journal import Journal
 from benchmarks.lib.provenance import RESULTS, provenance
-from benchmarks.lib.sweep import TUNING_SEED, Runs, Workload
+from benchmarks.lib.sweep import TUNING_SEED, Runs, Workload, mean_win_rate
 from examples import vision
 from examples.lm import data
 from examples.lm.config import Hyperparameters, ModelConfig
@@ -459,9 +459,9 @@ def study(config: DefaultsConfig, journal: Journal) -> dict[str, Any]:
             "tuning": tuning,
             "losses": {name: [row["loss"] for row in found] for name, found in rows.items()},
             "win_rates": {
-                name: float(np.mean([row["win_rates"] for row in found]))
+                name: rate
                 for name, found in rows.items()
-                if found[0]["win_rates"]
+                if (rate := mean_win_rate(found)) is not None
             },
         }
     return results

@@ -22,7 +22,6 @@ Costs are in gradients of the mean loss on the whole batch, by XLA's count of FL
 
 import functools
 import json
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -43,7 +42,7 @@ from benchmarks.lib.provenance import RESULTS, provenance
 from benchmarks.lib.sweep import Workload
 from examples.lm import data, mesh
 from examples.lm.config import MODELS
-from examples.lm.optimizers import Forward, gauss_newton, hutchinson
+from examples.lm.optimizers import Forward, gauss_newton, hutchinson, map_by_name
 from examples.lm.train import Trainer
 
 Row = dict[str, Any]
@@ -52,6 +51,13 @@ KINDS = (
     "embedding, frequent", "embedding, common", "embedding, rare", "positions",
     "attention q, k", "attention v", "attention out", "MLP", "norms",
 )  # fmt: skip
+# Of the params that are of one kind whole; the embedding and the fused query, key, value are not.
+KIND_BY_NAME = {
+    "positions": "positions",
+    **dict.fromkeys(("out", "out_bias"), "attention out"),
+    **dict.fromkeys(("up", "up_bias", "down", "down_bias"), "MLP"),
+    **dict.fromkeys(("scale", "bias"), "norms"),
+}
 FREQUENT, RARE = 1e-2, 1e-4  # of the training text's bytes: those above and those below
 WIN_RATE = 0.5
 B2 = 0.99
@@ -240,25 +246,20 @@ def kinds(params: Any, counts: np.ndarray) -> np.ndarray:
     shares = counts / counts.sum()
     rows = np.where(shares >= FREQUENT, 0, np.where(shares >= RARE, 1, 2))
 
-    def kind(path: Any, leaf: Any) -> np.ndarray:
-        names = re.findall(r"[a-z]\w*", jax.tree_util.keystr(path))
-        if "embedding" in names:
-            return np.broadcast_to(rows[:, None], leaf.shape)
-        for name in names:
-            if name in ("qkv", "qkv_bias"):  # [..., q or k or v, heads, features]
-                of_third = [KINDS.index(f"attention {x}") for x in ("q, k", "q, k", "v")]
-                return np.broadcast_to(np.reshape(of_third, (3, 1, 1)), leaf.shape)
-            stem = re.sub(r"_(bias|\d)$", "", name)
-            found = {
-                "positions": "positions", "out": "attention out", "up": "MLP", "down": "MLP",
-                "norm": "norms",
-            }.get(stem)  # fmt: skip
-            if found:
-                return np.full(leaf.shape, KINDS.index(found))
-        raise ValueError(f"{jax.tree_util.keystr(path)} is of no kind. Add it to `kinds`.")
+    # Of an array with the axes (..., one of query, key and value, heads, features).
+    of_third = [KINDS.index(f"attention {x}") for x in ("q, k", "q, k", "v")]
 
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return np.concatenate([kind(path, leaf).ravel() for path, leaf in leaves])
+    def kind(name: str, leaf: Any) -> np.ndarray:
+        if name == "embedding":
+            return np.broadcast_to(rows[:, None], leaf.shape)
+        if name in ("qkv", "qkv_bias"):
+            return np.broadcast_to(np.reshape(of_third, (3, 1, 1)), leaf.shape)
+        if name not in KIND_BY_NAME:
+            raise ValueError(f"The parameter {name} is of no kind. Add it to `KIND_BY_NAME`.")
+        return np.full(leaf.shape, KINDS.index(KIND_BY_NAME[name]))
+
+    found = jax.tree.leaves(map_by_name(kind, params))
+    return np.concatenate([indices.ravel() for indices in found])
 
 
 def unclipped(momentum: np.ndarray, h: np.ndarray, gamma: float) -> np.ndarray:

@@ -9,6 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from benchmarks.lib.sweep import mean_win_rate
 from benchmarks.tables.formats import NAMES
 from benchmarks.tables.lm_race import SUMMARY
 
@@ -107,15 +108,10 @@ def summarize(
                 "means": {str(b): float(losses[:, i].mean()) for i, b in enumerate(budgets)},
                 "flops_over_adamw": relative,
                 "seconds_over_adamw": slower,
-                "win_rate": _mean_win_rate(mine),
+                "win_rate": mean_win_rate(mine),
                 "steps_adamw_over_steps": advantages,
             }
     return out
-
-
-def _mean_win_rate(rows: list[Row]) -> float | None:
-    rates = [np.mean(row["win_rates"]) for row in rows if row["win_rates"]]
-    return float(np.mean(rates)) if rates else None
 
 
 def plot(summary: dict[str, Any], path: Path) -> None:

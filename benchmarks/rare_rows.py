@@ -34,6 +34,7 @@ from benchmarks.lib.sweep import TUNING_SEED
 from examples.lm import data
 from examples.lm.config import ModelConfig
 from examples.lm.model import Transformer, normal
+from examples.lm.optimizers import learning_rate
 from examples.lm.tune import search
 from sophia_optax._scale_by_sophia import SophiaRule, transformation
 from sophia_optax._win_rate_target import FixedGamma, WinRateTarget
@@ -186,9 +187,7 @@ class Model:
         return losses.mean()
 
     def optimizer(self, rate: Any) -> optax.GradientTransformationExtraArgs:
-        schedule = optax.warmup_cosine_decay_schedule(
-            0.0, 1.0, self.config.steps // 10, self.config.steps, 0.05
-        )
+        schedule = functools.partial(learning_rate, peak=rate, warmup=0.1, steps=self.config.steps)
         scale: Any = optax.scale_by_adam(0.9, 0.95)
         if self.name != "adamw":
             rule = VARIANTS[self.name].rule(0.9, 0.99, 1e-12, 1.0)
@@ -202,7 +201,7 @@ class Model:
             optax.clip_by_global_norm(1.0),
             scale,
             optax.add_decayed_weights(0.1),
-            optax.scale_by_learning_rate(lambda step: rate * schedule(step)),
+            optax.scale_by_learning_rate(schedule),
         )
 
     def hessian_fn(self, params: Any, batch: jax.Array, grads: Any) -> Any:

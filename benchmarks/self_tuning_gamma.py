@@ -26,7 +26,7 @@ import sophia_optax
 from benchmarks.entrants import ENTRANTS
 from benchmarks.lib.journal import Journal
 from benchmarks.lib.provenance import RESULTS, provenance
-from benchmarks.lib.sweep import TUNING_SEED, Runs, Workload
+from benchmarks.lib.sweep import TUNING_SEED, Runs, Workload, mean_win_rate
 from benchmarks.lm_race import QUICK
 from examples.lm import data
 from examples.lm.config import MODELS
@@ -102,7 +102,7 @@ def cell(
         rows[name] = {
             "point": point,
             "losses": [row["loss"] for row in raced],
-            "win_rate": float(np.mean([np.mean(row["win_rates"]) for row in raced])),
+            "win_rate": mean_win_rate(raced),
             "gamma": float(np.exp(np.mean([np.log(row["gammas"][-1]) for row in raced]))),
         }
     best = np.mean(rows["best gamma"]["losses"])

@@ -41,6 +41,7 @@ from examples.lm.optimizers import (
     Optimizer,
     is_matrix,
     learning_rate,
+    map_by_name,
 )
 from examples.lm.run import Run
 from examples.lm.train import Trainer
@@ -74,12 +75,11 @@ KINDS: dict[str, dict[str, Any]] = {
 def in_kind(kind: str, params: Any) -> Any:
     """Booleans in the shapes of the params: which coordinates are of a kind."""
 
-    def chosen(path: Any, leaf: Any) -> jax.Array:
-        name = next(key.key for key in reversed(path) if isinstance(getattr(key, "key", 0), str))
+    def chosen(name: str, leaf: jax.Array) -> jax.Array:
         none = jnp.zeros(leaf.shape, bool)
         return none.at[KINDS[kind][name]].set(True) if name in KINDS[kind] else none
 
-    return jax.tree_util.tree_map_with_path(chosen, params)
+    return map_by_name(chosen, params)
 
 
 # --- changes to the algorithm ---------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Sweeps of the trainer of `examples.lm`: many runs of one optimizer that share one compilation."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,6 +108,12 @@ def outcome(result: Result, trainer: Trainer) -> Outcome:
         device=trainer.run.mesh.devices.flat[0].device_kind,
         more=watched,
     )
+
+
+def mean_win_rate(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """The mean win rate of runs' lines in the journal; None for optimizers that have none."""
+    rates = [np.mean(row["win_rates"]) for row in rows if row["win_rates"]]
+    return float(np.mean(rates)) if rates else None
 
 
 class Runs:

@@ -166,16 +166,26 @@ MUON_MATRICES = {
 }
 
 
+def map_by_name(fn: Callable[[str, jax.Array], Any], params: Params) -> Any:
+    """Maps (a leaf's own name, leaf) over the params: "qkv" is the same in each block."""
+
+    def named(path: Any, leaf: jax.Array) -> Any:
+        # The last entry of the path of a `State` is the attribute of nnx.Param that has the array.
+        names = [key.key for key in path if isinstance(getattr(key, "key", None), str)]
+        return fn(names[-1], leaf)
+
+    return jax.tree_util.tree_map_with_path(named, params)
+
+
 def muon_dimensions(params: Params) -> Params:
     """Each matrix's inputs and outputs; None for what AdamW takes."""
 
-    def dimensions(path: Any, _: jax.Array) -> Any:
-        name = next((key.key for key in reversed(path) if hasattr(key, "key")), None)
+    def dimensions(name: str, _: jax.Array) -> Any:
         if name not in MUON_MATRICES:
             return None
         return optax.contrib.MuonDimensionNumbers(*MUON_MATRICES[name])
 
-    return jax.tree_util.tree_map_with_path(dimensions, params)
+    return map_by_name(dimensions, params)
 
 
 def basis_options(h: Hyperparameters, stack_sharding: NamedSharding | None) -> dict[str, Any]:
@@ -191,15 +201,14 @@ def basis_options(h: Hyperparameters, stack_sharding: NamedSharding | None) -> d
 def matrix_axes(params: Params) -> Params:
     """The blocks' matrices as for Muon; embeddings are turned on the side of the features."""
 
-    def axes(path: Any, _: jax.Array) -> sophia_optax.MatrixAxes | None:
-        name = next((key.key for key in reversed(path) if hasattr(key, "key")), None)
+    def axes(name: str, _: jax.Array) -> sophia_optax.MatrixAxes | None:
         if name in MUON_MATRICES:
             return sophia_optax.MatrixAxes(*MUON_MATRICES[name])
         if name in ("embedding", "positions"):
             return sophia_optax.MatrixAxes(0, 1, turn="right")
         return None
 
-    return jax.tree_util.tree_map_with_path(axes, params)
+    return map_by_name(axes, params)
 
 
 def muon(h: Hyperparameters, schedule: optax.Schedule) -> optax.GradientTransformation:
