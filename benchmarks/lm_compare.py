@@ -2,11 +2,12 @@
 
     python -m benchmarks.lm_compare [--quick]
 
-Each seed is one `python -m examples.lm compare`; those whose summary is there already are not run
-again. Writes `benchmarks/results/lm_compare.json` and `.png`.
+Each seed is one `python -m examples.lm compare`. One that was interrupted goes on, and one whose
+summary is there is not run again. Writes `benchmarks/results/lm_compare.json` and `.png`.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,13 +26,19 @@ SEEDS = (0, 1, 2)
 QUICK = ["--steps", "20", "--optimizers", "adamw", "sophia_g", "--half", "adamw"]
 
 
-def run(seed: int, quick: bool) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """One comparison's summary and metrics."""
-    folder = Path(f"runs/{'quick' if quick else 'seed'}-{seed}")
+def run(folder: Path, seed: int, options: list[str]) -> tuple[Any, list[dict[str, Any]]]:
+    """One comparison's summary and metrics.
+
+    Args:
+      folder: of the comparison. What it has of an earlier call is used.
+      seed: of the comparison.
+      options: of the comparison.
+    """
     if not (folder / "summary.json").exists():
-        arguments = ["compare", "--seed", str(seed), "--out", str(folder)]
-        arguments += QUICK if quick else []
-        subprocess.run([sys.executable, "-m", "examples.lm", *arguments], check=True)
+        started = (folder / "run.json").exists()
+        arguments = ["--resume"] if started else ["--seed", str(seed), *options]
+        command = [sys.executable, "-m", "examples.lm", "compare", "--out", str(folder), *arguments]
+        subprocess.run(command, check=True)
     metrics = (folder / "metrics.jsonl").read_text().splitlines()
     return json.loads((folder / "summary.json").read_text()), [json.loads(m) for m in metrics]
 
@@ -91,9 +98,15 @@ def main(quick: bool = False) -> None:
     Args:
       quick: a few steps, written to runs/.
     """
-    seeds, results = (SEEDS[:1], Path("runs")) if quick else (SEEDS, RESULTS)
     origin = provenance("benchmarks.lm_compare")
-    summaries, metrics = zip(*(run(seed, quick) for seed in seeds), strict=True)
+    if quick:
+        seeds, results = SEEDS[:1], Path("runs")
+        shutil.rmtree("runs/quick", ignore_errors=True)
+        found = [run(Path("runs/quick"), seed, QUICK) for seed in seeds]
+    else:
+        seeds, results = SEEDS, RESULTS
+        found = [run(Path(f"runs/seed-{seed}"), seed, []) for seed in seeds]
+    summaries, metrics = zip(*found, strict=True)
     bigram_loss = summaries[0]["bigram_loss"]
     result = {
         **origin,
