@@ -524,6 +524,30 @@ def test_bfloat16_params_keep_their_dtypes_and_have_float32_bases(inner: str) ->
     assert new.bases[0].left_basis.dtype == jnp.float32
 
 
+@pytest.mark.parametrize("stack_sharding", [None, on_one_device("x")], ids=["each", "tiles"])
+def test_matrices_of_one_shape_and_two_dtypes_keep_theirs(
+    stack_sharding: NamedSharding | None,
+) -> None:
+    tx = in_eigenbasis(optax.trace(0.9), stack_sharding=stack_sharding)
+    with jax.enable_x64(True):
+        params = {"wide": jnp.ones((3, 3), jnp.float64), "w": jnp.ones((3, 3), jnp.float32)}
+        state = tx.init(params)
+        updates, new = jax.eval_shape(tx.update, params, state, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
+    chex.assert_trees_all_equal_dtypes(updates, params)
+
+
+@pytest.mark.parametrize(("gradient", "param"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_the_update_of_a_matrix_has_the_dtype_that_gradient_and_param_promote_to(
+    gradient: str, param: str
+) -> None:
+    tx = soap()
+    grads, params = jnp.ones((4, 3), gradient), jnp.ones((4, 3), param)
+    state = tx.init(params)
+    assert jax.eval_shape(tx.update, grads, state, params)[0].dtype == jnp.float32
+    assert jax.eval_shape(tx.update, grads, state)[0].dtype == gradient
+
+
 def five_steps(params: Tree, grads: Tree) -> Tree:
     """The params after a step with each of the gradients, which are stacked."""
     tx = in_eigenbasis(
@@ -725,6 +749,22 @@ def test_more_parameters_are_no_more_products_for_a_tpu() -> None:
     assert products([jnp.ones((2, 4, 6)), jnp.ones((8, 4)), jnp.ones((3, 2, 2))]) == one
 
 
+@pytest.mark.parametrize("stack_sharding", [None, on_one_device("x")], ids=["each", "tiles"])
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_all_products_have_float32_operands_and_the_highest_precision(
+    platform: str, stack_sharding: NamedSharding | None
+) -> None:
+    """Which changes no number on a CPU."""
+    tx = in_eigenbasis(optax.trace(0.9), block_size=2, stack_sharding=stack_sharding)
+    params = {"w": jnp.ones((4, 6)), "narrow": jnp.ones((6, 4), jnp.bfloat16)}
+    traced = jax.jit(tx.update).trace(params, tx.init(params), params)
+    program = traced.lower(lowering_platforms=(platform,)).as_text()
+    products = [line for line in program.splitlines() if "dot_general" in line]
+    assert products
+    assert all("precision = [HIGHEST, HIGHEST]" in line for line in products)
+    assert not any("bf16" in line for line in products)
+
+
 @pytest.mark.parametrize("turns", [(True, True), (True, False), (False, True)])
 def test_a_loop_over_tiles_is_all_of_them_at_once(
     turns: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
@@ -863,6 +903,15 @@ def test_a_power_step_keeps_the_axes_in_which_the_factor_is_zero() -> None:
     np.testing.assert_allclose(jnp.abs(q.T @ new), jnp.eye(8), atol=1e-2)
 
 
+def test_a_block_whose_new_basis_is_not_finite_keeps_its_own_and_others_take_theirs() -> None:
+    basis = jnp.stack([orthogonal(KEYS[5], 3), orthogonal(KEYS[6], 3)])
+    factor = jnp.stack([jnp.diag(jnp.arange(1.0, 4.0))] * 2)
+    step = jax.jit(_eigenbasis.power_step)
+    expected, found = step(factor, basis), step(factor.at[0, 0, 1].set(jnp.inf), basis)
+    np.testing.assert_array_equal(found[0], basis[0])
+    np.testing.assert_allclose(found[1], expected[1], atol=1e-6)
+
+
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_rounding_is_found_without_gathering_the_momentum(axis_type: AxisType) -> None:
     view = matrix_view((16, 8), (0,), (1,), max_size=16, block_size=None)
@@ -936,6 +985,28 @@ def test_no_step_leaves_the_space_of_gradients_of_low_rank(rank: int) -> None:
     inside = project_left @ np.asarray(updates) @ project_right
     np.testing.assert_allclose(np.linalg.norm(inside), rank, rtol=1e-3)
     assert np.linalg.norm(updates - inside) < 1e-4
+
+
+def test_a_momentum_whose_squares_overflow_is_not_taken_for_rounding() -> None:
+    tx, g = in_eigenbasis(optax.trace(0.9)), jnp.diag(jnp.array([1e19, 1e18]))
+    step = jax.jit(functools.partial(tx.update, g, refresh_basis=False))
+    _, state = step(tx.init(g))
+    updates, state = step(state)
+    assert state.rejected == 0
+    np.testing.assert_allclose(updates, 1.9 * g, rtol=1e-5)
+
+
+def test_a_step_is_taken_along_coordinates_where_any_of_two_momenta_is_no_rounding() -> None:
+    g = jax.random.normal(KEYS[7], (4, 4))
+    upper = jnp.triu(jnp.ones((4, 4)))
+
+    def update(updates: Tree, state: Any, params: Tree = None) -> tuple[Tree, Any]:
+        return updates, {"mu": upper * updates, "trace": (1 - upper) * updates}
+
+    inner = optax.GradientTransformation(lambda p: {"mu": 0 * p, "trace": 0 * p}, update)
+    tx = in_eigenbasis(inner)
+    step = jax.jit(functools.partial(tx.update, refresh_basis=False))
+    np.testing.assert_array_equal(step(g, tx.init(g))[0], g)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
