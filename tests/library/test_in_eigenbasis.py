@@ -104,6 +104,8 @@ def train(
         ((10, 8), (0,), (1,), {"block_size": 4}, (1, 5, 2, 2, 4)),
         ((7, 8), (0,), (1,), {"block_size": 6}, (1, 1, 7, 2, 4)),  # 7 has no divisor to cut at
         ((20, 4), (0,), (1,), {"max_size": 8}, (1, 1, 20, 1, 4)),
+        # A side that is not turned is not cut.
+        ((20, 4), (0,), (1,), {"max_size": 8, "block_size": 4}, (1, 1, 20, 1, 4)),
     ],
 )
 def test_arrays_are_read_as_stacks_of_matrices_in_blocks(
@@ -169,6 +171,7 @@ def on_one_device(*spec: str | None) -> NamedSharding:
     ("keywords", "error", "message"),
     [
         ({"dimension_numbers": {"w": MatrixAxes(0, 2)}}, ValueError, r"\['w'\].*shape \(3, 2\)"),
+        ({"dimension_numbers": {"w": MatrixAxes(1, 2)}}, ValueError, "from -2 to 1"),
         ({"dimension_numbers": {"w": MatrixAxes(0, 0)}}, ValueError, "at most once"),
         ({"dimension_numbers": {"w": MatrixAxes(0, 1, "up")}}, ValueError, "turn is 'up'"),
         ({"dimension_numbers": {"v": None}}, ValueError, "structure of the params"),
@@ -537,6 +540,15 @@ def test_matrices_of_one_shape_and_two_dtypes_keep_theirs(
     chex.assert_trees_all_equal_dtypes(updates, params)
 
 
+def test_a_wide_decay_widens_no_factor() -> None:
+    params = jnp.ones((3, 3), jnp.float32)
+    with jax.enable_x64(True):
+        tx = in_eigenbasis(optax.trace(0.9), decay=jnp.asarray(0.9, jnp.float64))
+        state = tx.init(params)
+        _, new = jax.eval_shape(tx.update, params, state, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, state)
+
+
 @pytest.mark.parametrize(("gradient", "param"), [("bfloat16", "float32"), ("float32", "bfloat16")])
 def test_the_update_of_a_matrix_has_the_dtype_that_gradient_and_param_promote_to(
     gradient: str, param: str
@@ -678,6 +690,17 @@ def test_a_stack_sharding_changes_no_estimate(estimator: str) -> None:
     )
 
 
+def test_a_stack_is_cut_along_all_mesh_axes_of_its_sharding() -> None:
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    tx = in_eigenbasis(
+        optax.trace(0.9), stack_sharding=NamedSharding(mesh, PartitionSpec(("a", "b")))
+    )
+    g = jnp.ones((5, 4, 4))
+    state = tx.init(g)
+    found = jax.eval_shape(tx.update, g, state)
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, (g, state))
+
+
 @pytest.mark.parametrize("shape", [(32, 8), (8, 32)], ids=["rows", "columns"])
 def test_a_single_matrix_is_cut_along_its_blocks_and_not_gathered(shape: tuple[int, int]) -> None:
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
@@ -692,6 +715,46 @@ def test_a_single_matrix_is_cut_along_its_blocks_and_not_gathered(shape: tuple[i
     assert hlo.collectives(compiled)
     # The state is on all devices: they give each other the bases of eight blocks, of 16 numbers.
     assert not hlo.collectives(compiled, more_than=8 * 16)
+
+
+@pytest.mark.parametrize(
+    ("shape", "turns", "block_size", "axis"),
+    [
+        ((3, 4, 6), (True, False), None, 0),
+        ((1, 4, 6), (False, True), 2, 2),
+        ((1, 4, 6), (True, False), 2, 4),
+        ((1, 6, 4), (True, True), 2, 1),
+        ((1, 4, 6), (True, True), 2, 3),
+        ((1, 4, 6), (True, True), None, None),
+    ],
+)
+def test_the_stack_is_cut_or_else_a_side_that_is_not_turned_or_else_the_blocks(
+    shape: Any, turns: Any, block_size: int | None, axis: int | None
+) -> None:
+    view = matrix_view(shape, (1,), (2,), turns=turns, max_size=8, block_size=block_size)
+    assert view is not None
+    assert view.spread_axis == axis
+
+
+@pytest.mark.parametrize("turn", ["left", "right"])
+def test_a_side_that_is_not_turned_is_cut_and_not_gathered(turn: Any) -> None:
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    shape, spec = ((4, 40), (None, "data")) if turn == "left" else ((40, 4), ("data",))
+    sharding, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (spec, ()))
+    tx = in_eigenbasis(
+        optax.trace(0.9),
+        basis_interval=1,
+        dimension_numbers=lambda _: MatrixAxes(0, 1, turn),
+        stack_sharding=NamedSharding(mesh, PartitionSpec("data")),
+    )
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    state = jax.eval_shape(tx.init, x)
+    shardings = jax.tree.map(lambda leaf: sharding if leaf.ndim == 2 else whole, state)
+    step = jax.jit(tx.update, in_shardings=(sharding, shardings))
+    compiled = step.lower(x, state).compile()
+    assert hlo.collectives(compiled)
+    # The product of the gradient with itself is summed over the devices.
+    assert not hlo.collectives(compiled, more_than=4 * 4)
 
 
 def test_a_stack_sharding_works_without_jit_and_under_vmap() -> None:
@@ -724,7 +787,7 @@ def test_a_stack_sharding_over_manual_axes_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("size", "block_size", "block"),
-    [(12, 4, 4), (7, 4, 7), (7, 2, 7), (6, 4, 3), (10, 9, 5), (26, 12, 26)],
+    [(12, 4, 4), (7, 4, 7), (7, 2, 7), (6, 4, 3), (10, 9, 5), (22, 8, 2), (22, 9, 22)],
 )
 def test_a_block_is_a_divisor_that_is_not_too_small(size: int, block_size: int, block: int) -> None:
     view = matrix_view((size, 2), (0,), (1,), max_size=64, block_size=block_size)
@@ -867,9 +930,10 @@ def test_params_as_shards_in_a_shard_map_give_the_numbers_of_jit() -> None:
     assert jax.jit(begun)(gradient)["w"].shape == SQUARE.shape
 
 
-def test_a_parameter_below_a_key_named_as_a_momentum_is_not_taken_for_one() -> None:
+@pytest.mark.parametrize("below", [PARAMS["up"], jnp.ones(3)], ids=["matrix", "vector"])
+def test_a_parameter_below_a_key_named_as_a_momentum_is_not_taken_for_one(below: Any) -> None:
     def after_four(name: str) -> Any:
-        gradient = {name: {"w": PARAMS["up"]}, "w": PARAMS["up"][::-1]}
+        gradient = {name: {"w": below}, "w": PARAMS["up"][::-1]}
         tx = soap(basis_interval=1)
         state = tx.init(gradient)
         for _ in range(4):
@@ -890,17 +954,44 @@ def test_complex_matrices_stay_in_their_own_axes() -> None:
     chex.assert_trees_all_equal(updates, gradient)
 
 
+def test_integer_matrices_are_not_turned() -> None:
+    tx, params = in_eigenbasis(optax.identity()), {"table": jnp.ones((4, 3), jnp.int32)}
+    state = tx.init(params)
+    assert jnp.shape(state.bases) == ()
+    updates, new = jax.eval_shape(tx.update, params, state, params)
+    chex.assert_trees_all_equal_shapes_and_dtypes((updates, new), (params, state))
+
+
 def test_a_gradient_of_the_second_matrix_that_is_not_finite_is_counted() -> None:
     tx = soap()
     gradient = {**PARAMS, "up": PARAMS["up"].at[0, 0].set(jnp.nan)}
     assert list(PARAMS) != sorted(PARAMS)  # "down" comes first
-    assert tx.update(gradient, tx.init(PARAMS))[1].rejected == 1
+    updates, state = jax.jit(tx.update)(gradient, tx.init(PARAMS))
+    assert state.rejected == 1
+    assert finite((updates, state))
+    assert np.all(updates["up"] == 0)
+    assert np.any(updates["down"] != 0)
+
+
+def test_a_gradient_whose_squares_overflow_in_the_sum_of_all_blocks_is_rejected() -> None:
+    # Those of each of the two blocks of rows sum to 2e38, those of the block of columns to 4e38.
+    tx, g = soap(block_size=2), jnp.full((4, 2), np.sqrt(0.5e38))
+    updates, state = jax.jit(tx.update)(g, tx.init(g))
+    assert state.rejected == 1
+    assert finite((updates, state))
 
 
 def test_a_power_step_keeps_the_axes_in_which_the_factor_is_zero() -> None:
     q = jnp.linalg.qr(jax.random.normal(KEYS[5], (8, 8)))[0]
     new = _eigenbasis.power_step(jnp.outer(q[:, 0], q[:, 0]), q)
     np.testing.assert_allclose(jnp.abs(q.T @ new), jnp.eye(8), atol=1e-2)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_a_power_step_does_not_depend_on_the_size_of_the_factor(scale: float) -> None:
+    x, basis = jax.random.normal(KEYS[4], (4, 4)), orthogonal(KEYS[5], 4)
+    step = jax.jit(_eigenbasis.power_step)
+    np.testing.assert_allclose(step(scale * x @ x.T, basis), step(x @ x.T, basis), atol=1e-5)
 
 
 def test_a_block_whose_new_basis_is_not_finite_keeps_its_own_and_others_take_theirs() -> None:
@@ -994,6 +1085,30 @@ def test_a_momentum_whose_squares_overflow_is_not_taken_for_rounding() -> None:
     updates, state = step(state)
     assert state.rejected == 0
     np.testing.assert_allclose(updates, 1.9 * g, rtol=1e-5)
+
+
+def test_coordinates_and_matrices_of_a_stack_that_are_small_are_not_taken_for_rounding() -> None:
+    g = jnp.array([[1.0, 1e-5], [1e-5, -1.0]])
+    stack = jnp.stack([g, 1e-10 * g])
+    tx = in_eigenbasis(optax.scale_by_adam(eps=0.0))
+    step = jax.jit(functools.partial(tx.update, refresh_basis=False))
+    np.testing.assert_allclose(step(stack, tx.init(stack))[0], jnp.sign(stack), rtol=1e-4)
+
+
+def test_a_momentum_takes_its_step_where_the_current_gradient_has_no_part() -> None:
+    tx = in_eigenbasis(optax.trace(0.5))
+    first, second = jnp.diag(jnp.array([1.0, 0.0])), jnp.diag(jnp.array([0.0, 1.0]))
+    step = jax.jit(functools.partial(tx.update, refresh_basis=False))
+    updates, _ = step(second, step(first, tx.init(first))[1])
+    np.testing.assert_array_equal(updates, 0.5 * first + second)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+def test_a_weight_decay_inside_is_one_of_the_params(scale: float) -> None:
+    inner = optax.chain(optax.trace(0.5), optax.add_decayed_weights(0.1))
+    tx, g = in_eigenbasis(inner), scale * X[:6, :4]
+    updates, _ = jax.jit(tx.update)(g, tx.init(X[6:12, :4]), X[6:12, :4])
+    np.testing.assert_allclose(updates, g + 0.1 * X[6:12, :4], atol=1e-5)
 
 
 def test_a_step_is_taken_along_coordinates_where_any_of_two_momenta_is_no_rounding() -> None:
@@ -1090,7 +1205,12 @@ def test_cholesky_qr_is_qr_to_rounding_on_what_a_refresh_gives_it(values, size):
 
 @pytest.mark.parametrize(
     "platform, method",
-    [("cpu", householder_qr), ("tpu", householder_qr), ("cuda", shifted_cholesky_qr)],
+    [
+        ("cpu", householder_qr),
+        ("tpu", householder_qr),
+        ("cuda", shifted_cholesky_qr),
+        ("rocm", shifted_cholesky_qr),
+    ],
 )
 def test_the_platform_chooses_how_to_orthonormalize(platform, method):
     def calls(function: Any) -> set[Any]:
