@@ -91,7 +91,7 @@ def _einsum(spec: str, x: Array, y: Array) -> Array:
 def power_step(factor: Float[Array, "*s a a"], basis: Float[Array, "*s a a"]) -> Array:
     """orth(factor @ basis), or the basis where the factor is zero or the new one not finite."""
     trace = jnp.trace(factor, axis1=-2, axis2=-1)[..., None, None]
-    known = jnp.isfinite(trace) & (trace > 0)
+    known = trace > 0
     # Scaled by the sum of the eigenvalues, so that the squares of tiny factors do not underflow.
     # The shift has the same eigenvectors. It keeps the axes in which the factor is zero, where
     # rounding would choose new ones.
