@@ -407,6 +407,19 @@ def test_an_estimator_without_a_signature_is_called_with_the_coordinates() -> No
         tx.update(PARAMS, tx.init(PARAMS), PARAMS, hessian_fn=max)
 
 
+def test_an_estimator_that_takes_any_keyword_is_called_with_the_coordinates() -> None:
+    tx, seen = sophia(), []
+
+    def estimate(key: jax.Array, /, **keywords: Any) -> Tree:
+        seen.extend(keywords)
+        return PARAMS
+
+    jax.eval_shape(
+        functools.partial(tx.update, hessian_fn=estimate), PARAMS, tx.init(PARAMS), PARAMS
+    )
+    assert set(seen) == {"coordinates"}
+
+
 def test_several_probes_chunks_and_modes_work_in_turned_coordinates() -> None:
     tx = sophia()
     state = tx.init(PARAMS)
@@ -625,6 +638,7 @@ STACKS = {
     "one side of two axes": ((3, 5, 4), ((0, 1), (2,)), "right"),
     "blocks": ((8, 4), ((0,), (1,)), "both"),
     "blocks of the columns": ((4, 6), ((0,), (1,)), "both"),
+    "blocks of two axes": ((2, 4, 4), ((0, 1), (2,)), "both"),
     "nothing to cut": ((2, 2), ((0,), (1,)), "both"),
 }
 
@@ -654,6 +668,50 @@ def test_a_stack_sharding_changes_no_number(name: str) -> None:
     expected = moved(None)
     spread = moved(NamedSharding(mesh, PartitionSpec("data")))
     chex.assert_trees_all_close(spread, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_matrices_that_are_cut_in_different_ways_take_the_steps_that_they_take_alone() -> None:
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    names = ("nothing to cut", "one side", "the other side", "blocks")
+    rng = np.random.default_rng(0)
+    grads = {name: np.float32(rng.normal(size=STACKS[name][0])) for name in names}
+
+    def updates(grads: Tree, stack_sharding: NamedSharding | None) -> Tree:
+        numbers = {name: MatrixAxes(0, 1, STACKS[name][2]) for name in grads}
+        tx = in_eigenbasis(
+            optax.trace(0.9),
+            block_size=2,
+            dimension_numbers=numbers,
+            stack_sharding=stack_sharding,
+        )
+        return tx.update(grads, tx.init(grads))
+
+    whole, cut = (
+        functools.partial(updates, stack_sharding=sharding)
+        for sharding in (None, NamedSharding(mesh, PartitionSpec("data")))
+    )
+    chex.assert_trees_all_close(jax.jit(cut)(grads), jax.jit(whole)(grads), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "turns", "padded"),
+    [
+        ((20, 8), (True, True), (32, 8)),
+        ((8, 20), (True, True), (8, 32)),
+        ((20, 8), (False, True), (24, 8)),
+        ((8, 20), (True, False), (8, 24)),
+    ],
+)
+def test_a_single_matrix_is_padded_until_each_device_has_whole_blocks(
+    shape: Any, turns: Any, padded: Any
+) -> None:
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    stacks = NamedSharding(mesh, PartitionSpec("data"))
+    view = matrix_view(
+        shape, (0,), (1,), turns=turns, max_size=20, block_size=4, stack_sharding=stacks
+    )
+    assert view is not None
+    assert jax.eval_shape(view.spread_array, jnp.ones(shape)).shape == padded
 
 
 @pytest.mark.parametrize("estimator", ["hutchinson", "gauss_newton_bartlett"])
@@ -812,6 +870,18 @@ def test_more_parameters_are_no_more_products_for_a_tpu() -> None:
     assert products([jnp.ones((2, 4, 6)), jnp.ones((8, 4)), jnp.ones((3, 2, 2))]) == one
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_long_sides_of_different_lengths_are_no_more_products_for_a_tpu(axis: int) -> None:
+    tx = in_eigenbasis(optax.trace(0.9), max_size=4, stack_sharding=on_one_device("x"))
+
+    def products(*lengths: int) -> int:
+        params = [jnp.ones((n, 4) if axis == 0 else (4, n)) for n in lengths]
+        traced = jax.jit(tx.update).trace(params, tx.init(params))
+        return traced.lower(lowering_platforms=("tpu",)).as_text().count("dot_general")
+
+    assert products(19, 23) == products(19)
+
+
 @pytest.mark.parametrize("stack_sharding", [None, on_one_device("x")], ids=["each", "tiles"])
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_all_products_have_float32_operands_and_the_highest_precision(
@@ -924,10 +994,19 @@ def test_params_as_shards_in_a_shard_map_give_the_numbers_of_jit() -> None:
     found = on_shards(gradient, gradient, state)
     chex.assert_trees_all_close(found, jax.jit(two_steps)(gradient, gradient, state), atol=1e-5)
     assert on_shards(gradient, bad, state)[1].rejected == 1
-    begun = jax.shard_map(
-        lambda g: tx.update(g, tx.init(g))[0], mesh=mesh, in_specs=spec, out_specs=spec
-    )
-    assert jax.jit(begun)(gradient)["w"].shape == SQUARE.shape
+
+
+def test_a_scan_within_a_shard_map_may_begin_there() -> None:
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    tx = in_eigenbasis(optax.clip(0.3), basis_interval=1)
+
+    def last(g: jax.Array) -> jax.Array:
+        step = lambda state, _: tx.update(g, state)[::-1]  # noqa: E731
+        return jax.lax.scan(step, tx.init(g), length=2)[1][-1]
+
+    spec = PartitionSpec("d")
+    begun = jax.shard_map(last, mesh=mesh, in_specs=spec, out_specs=spec)
+    assert jax.eval_shape(begun, SQUARE).shape == SQUARE.shape
 
 
 @pytest.mark.parametrize("below", [PARAMS["up"], jnp.ones(3)], ids=["matrix", "vector"])
@@ -1087,12 +1166,15 @@ def test_a_momentum_whose_squares_overflow_is_not_taken_for_rounding() -> None:
     np.testing.assert_allclose(updates, 1.9 * g, rtol=1e-5)
 
 
-def test_coordinates_and_matrices_of_a_stack_that_are_small_are_not_taken_for_rounding() -> None:
+@pytest.mark.parametrize("mu_dtype", [None, "bfloat16"])
+def test_coordinates_and_matrices_of_a_stack_that_are_small_are_not_taken_for_rounding(
+    mu_dtype: str | None,
+) -> None:
     g = jnp.array([[1.0, 1e-5], [1e-5, -1.0]])
     stack = jnp.stack([g, 1e-10 * g])
-    tx = in_eigenbasis(optax.scale_by_adam(eps=0.0))
+    tx = in_eigenbasis(optax.scale_by_adam(eps=0.0, mu_dtype=mu_dtype))
     step = jax.jit(functools.partial(tx.update, refresh_basis=False))
-    np.testing.assert_allclose(step(stack, tx.init(stack))[0], jnp.sign(stack), rtol=1e-4)
+    np.testing.assert_allclose(step(stack, tx.init(stack))[0], jnp.sign(stack), rtol=1e-2)
 
 
 def test_a_momentum_takes_its_step_where_the_current_gradient_has_no_part() -> None:
