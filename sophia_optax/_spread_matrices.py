@@ -165,7 +165,9 @@ def _on_each_device(
                 check_vma=False,
             )
         for i, result in zip(members, call(*map(take, operands)), strict=True):
-            results[i] = result
+            own = [values[i] for values in operands]
+            # Over other axes, which are manual already, it does where an operand does.
+            results[i] = jax.tree.map(lambda x, own=own: _manual_axes.vary_like(x, own), result)
     return results
 
 

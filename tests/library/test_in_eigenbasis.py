@@ -996,6 +996,21 @@ def test_params_as_shards_in_a_shard_map_give_the_numbers_of_jit() -> None:
     assert on_shards(gradient, bad, state)[1].rejected == 1
 
 
+def test_explicit_axes_beside_a_manual_one_give_the_numbers_of_jit() -> None:
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    tx = in_eigenbasis(optax.clip(0.3), basis_interval=1)
+    expected, _ = jax.jit(tx.update)(SQUARE, tx.init(SQUARE))
+    with jax.set_mesh(mesh):
+        g = jax.device_put(SQUARE, NamedSharding(mesh, PartitionSpec(("a", "b"))))
+        step = jax.shard_map(
+            lambda g: tx.update(g, tx.init(g))[0],
+            axis_names={"a"},
+            in_specs=PartitionSpec("a"),
+            out_specs=PartitionSpec("a"),
+        )
+        np.testing.assert_allclose(jax.jit(step)(g), expected, atol=1e-5)
+
+
 def test_a_scan_within_a_shard_map_may_begin_there() -> None:
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
     tx = in_eigenbasis(optax.clip(0.3), basis_interval=1)
