@@ -152,8 +152,8 @@ def in_eigenbasis(
     inner = optax.with_extra_args_support(inner)
 
     def views_of(params: Params) -> list[MatrixView | None]:
-        _check_not_manual(stack_sharding)
-        return matrix_views(params, dimension_numbers, longest, largest_block, stack_sharding)
+        stacks = _on_mesh_at_hand(stack_sharding)
+        return matrix_views(params, dimension_numbers, longest, largest_block, stacks)
 
     def init(params: Params) -> InEigenbasisState:
         turned = [
@@ -295,23 +295,28 @@ def _check_stack_sharding(stack_sharding: NamedSharding | None) -> None:
         )
 
 
-def _check_not_manual(stack_sharding: NamedSharding | None) -> None:
-    """Refuses a sharding over mesh axes that are manual where it is used.
+def _on_mesh_at_hand(stack_sharding: NamedSharding | None) -> NamedSharding | None:
+    """A sharding as it is used inside of `jax.shard_map` over other axes of its mesh.
 
     Args:
       stack_sharding: as passed to `in_eigenbasis`.
 
+    Returns:
+      The same one, over the mesh that has manual axes where there are some.
+
     Raises:
       ValueError: if one of its axes is manual.
     """
-    if stack_sharding is None:
-        return
+    mesh = jax.sharding.get_abstract_mesh()
+    if stack_sharding is None or not mesh.manual_axes:
+        return stack_sharding
     names = _manual_axes.names(stack_sharding.spec[0])
-    if manual := tuple(n for n in names if n in jax.sharding.get_abstract_mesh().manual_axes):
+    if manual := tuple(name for name in names if name in mesh.manual_axes):
         raise ValueError(
             f"stack_sharding cuts stacks along the mesh axes {manual}, which are manual inside of "
             "jax.shard_map. Leave stack_sharding out there: each device turns what it has."
         )
+    return NamedSharding(mesh, stack_sharding.spec)
 
 
 def _check_refresh_basis(refresh_basis: bool | None) -> None:

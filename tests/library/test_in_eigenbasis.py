@@ -1011,6 +1011,24 @@ def test_explicit_axes_beside_a_manual_one_give_the_numbers_of_jit() -> None:
         np.testing.assert_allclose(jax.jit(step)(g), expected, atol=1e-5)
 
 
+def test_a_stack_sharding_beside_a_manual_axis_gives_the_numbers_of_jit() -> None:
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    stacks = NamedSharding(mesh, PartitionSpec("b"))
+    whole, cut = (
+        in_eigenbasis(optax.clip(0.3), basis_interval=1, stack_sharding=stack_sharding)
+        for stack_sharding in (None, stacks)
+    )
+    expected, _ = jax.jit(whole.update)(SQUARE, whole.init(SQUARE))
+    step = jax.shard_map(
+        lambda g: cut.update(g, cut.init(g))[0],
+        mesh=mesh,
+        axis_names={"a"},
+        in_specs=PartitionSpec("a"),
+        out_specs=PartitionSpec("a"),
+    )
+    np.testing.assert_allclose(jax.jit(step)(SQUARE), expected, atol=1e-5)
+
+
 def test_a_scan_within_a_shard_map_may_begin_there() -> None:
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
     tx = in_eigenbasis(optax.clip(0.3), basis_interval=1)
