@@ -317,7 +317,19 @@ def test_with_adam_inside_it_is_a_transcription_of_soap() -> None:
     np.testing.assert_allclose(got, numpy_soap(grads, 3), rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("plain", [optax.trace(0.9), optax.ema(0.9)], ids=["trace", "ema"])
+def momentum_in_a_dict(decay: float) -> optax.GradientTransformation:
+    def update(updates: Tree, state: Any, params: Tree = None) -> tuple[Tree, Any]:
+        mu = jax.tree.map(lambda m, g: decay * m + g, state["mu"], updates)
+        return mu, {"mu": mu}
+
+    return optax.GradientTransformation(lambda p: {"mu": jax.tree.map(jnp.zeros_like, p)}, update)
+
+
+@pytest.mark.parametrize(
+    "plain",
+    [optax.trace(0.9), optax.ema(0.9), momentum_in_a_dict(0.9)],
+    ids=["trace", "ema", "dict"],
+)
 def test_a_momentum_in_the_turned_axes_is_the_one_in_its_own(plain: Any) -> None:
     tx = in_eigenbasis(plain, basis_interval=2)
     chex.assert_trees_all_close(train(tx, 9)[0], train(plain, 9)[0], atol=1e-5)
