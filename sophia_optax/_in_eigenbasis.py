@@ -26,6 +26,7 @@ from the authors' SOAP:
 """
 
 import inspect
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -38,8 +39,8 @@ from sophia_optax import _arrays, _checks, _manual_axes, _spread_matrices, _tree
 from sophia_optax._eigenbasis import Basis
 from sophia_optax._matrix_axes import DimensionNumbers, matrix_views
 from sophia_optax._matrix_view import MatrixView
-from sophia_optax._turned_leaves import EigenbasisCoordinates, TurnedLeaves
-from sophia_optax._types import Coordinates, HessianFn, Params, Scalar
+from sophia_optax._turned_leaves import EigenbasisCoordinates, TurnedLeaves, names_of_momenta
+from sophia_optax._types import Coordinates, HessianFn, LossFn, Params, Scalar
 
 _SCHEDULED = (
     'optax.inject_hyperparams(in_eigenbasis, static_args=("max_size", "block_size"))'
@@ -73,6 +74,7 @@ def in_eigenbasis(
     block_size: int | None = None,
     dimension_numbers: DimensionNumbers | None = None,
     stack_sharding: NamedSharding | None = None,
+    momenta: Iterable[str] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Runs a coordinate-wise transformation in the Kronecker eigenbasis of each matrix.
 
@@ -107,8 +109,7 @@ def in_eigenbasis(
     Args:
       inner: a transformation whose update of a coordinate depends on that coordinate's gradients
         alone: `scale_by_sophia`, `optax.scale_by_adam`, `optax.scale_by_lion`, .... It sees
-        gradients and params in the turned coordinates. When a basis changes, what its state calls
-        `mu`, `trace` or `ema` is turned too. Momenta of other names are not, so use no such one.
+        gradients and params in the turned coordinates, and `obj_fn` as a function of these.
       basis_interval: f, the bases are refreshed every f-th step, the first included. Default: as
         often as Sophia's curvature. The best points of `benchmarks/lm_race.py` have 1, which takes
         more time a step.
@@ -129,6 +130,12 @@ def in_eigenbasis(
         along the side that is not turned, or along its blocks. None leaves it to the compiler,
         which gathers and adds several times as many bytes. Under Explicit axes the matrices
         follow the params.
+      momenta: the fields of the inner state that are averages or sums of gradients. They turn when
+        a basis changes, and the other ones, averages of squares, stay. None knows those of Optax's
+        states whose names say what they are: `mu`, `trace`, `ema`, `m1`, `m2`, `exp_avg`, and what
+        `optax.MultiSteps`, `apply_every`, `scale_by_optimistic_gradient` and `scale_by_rprop` keep.
+        Any other field with arrays like turned parameters, but for the squares of Optax's states,
+        is then an error. For `optax.scale_by_adan` pass `momenta=("m", "v", "g")`.
 
     Returns:
       A transformation whose `update` takes what the inner one takes, and `refresh_basis`. None
@@ -139,7 +146,9 @@ def in_eigenbasis(
 
     Raises:
       TypeError: if an argument is of the wrong kind.
-      ValueError: if a number is out of its range, or dimension numbers do not fit the params.
+      ValueError: if a number is out of its range, or dimension numbers do not fit the params; from
+        `init` and `update`, if the names of the inner state do not say what is a momentum, or it
+        has no field that `momenta` names.
     """
     _checks.check_interval("basis_interval", basis_interval, _SCHEDULED)
     _checks.check_number("decay", decay, 0, 1, "[0, 1)", _SCHEDULED)
@@ -149,6 +158,7 @@ def in_eigenbasis(
         None if block_size is None else _checks.static_count("block_size", block_size, 2)
     )
     _check_stack_sharding(stack_sharding)
+    names = names_of_momenta(momenta)
     inner = optax.with_extra_args_support(inner)
 
     def views_of(params: Params) -> list[MatrixView | None]:
@@ -156,9 +166,13 @@ def in_eigenbasis(
         return matrix_views(params, dimension_numbers, longest, largest_block, stacks)
 
     def init(params: Params) -> InEigenbasisState:
+        views, inner_state = views_of(params), inner.init(params)
+        leaves = TurnedLeaves.of(params, views, names)
+        leaves.check_names(inner_state)
+        leaves.momenta(inner_state)  # raises where it is unknown what is one
         turned = [
             view.init(leaf)
-            for view, leaf in zip(views_of(params), jax.tree.leaves(params), strict=True)
+            for view, leaf in zip(views, jax.tree.leaves(params), strict=True)
             if view is not None
         ]
         return InEigenbasisState(
@@ -167,7 +181,7 @@ def in_eigenbasis(
             # One leaf and not (): so optax.tree.map_params, whose placeholder has no leaves, finds
             # something that is not a parameter here.
             bases=tuple(turned) or jnp.zeros((), jnp.float32),
-            inner=inner.init(params),
+            inner=inner_state,
         )
 
     def update(
@@ -176,13 +190,14 @@ def in_eigenbasis(
         params: Params | None = None,
         *,
         hessian_fn: HessianFn | None = None,
+        obj_fn: LossFn | None = None,
         refresh_basis: bool | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, InEigenbasisState]:
         state = cast(InEigenbasisState, state)
         _check_refresh_basis(refresh_basis)
         like = updates if params is None else params
-        turned = TurnedLeaves.of(like, views_of(like))
+        turned = TurnedLeaves.of(like, views_of(like), names)
         matrices = turned.matrices(updates)
         bases, finite = turned.observe(state.bases, matrices, beta)
         inner_state = state.inner
@@ -204,6 +219,8 @@ def in_eigenbasis(
         coordinates = EigenbasisCoordinates(turned, bases)
         if hessian_fn is not None:
             extra_args["hessian_fn"] = _in_coordinates(hessian_fn, coordinates)
+        if obj_fn is not None:
+            extra_args["obj_fn"] = _of_turned_params(obj_fn, coordinates, params)
         turned_gradients = turned.turn_gradients(bases, matrices, finite, updates)
         moved, inner_state = inner.update(
             turned_gradients,
@@ -266,6 +283,29 @@ def _in_coordinates(hessian_fn: HessianFn, coordinates: Coordinates) -> HessianF
         return cast(Any, hessian_fn)(key, coordinates=coordinates)
 
     return estimate
+
+
+def _of_turned_params(
+    obj_fn: LossFn, coordinates: Coordinates, params: Params | None
+) -> Callable[..., Any]:
+    """The loss as a function of the turned params, which are what the inner transformation has.
+
+    Args:
+      obj_fn: as passed to `update`.
+      coordinates: the coordinates.
+      params: in their own axes, whose dtypes the loss gets.
+
+    Returns:
+      The function.
+    """
+
+    def of_turned(turned_params: Params, *args: Any, **kwargs: Any) -> Any:
+        own = coordinates.back(turned_params)
+        if params is not None:
+            own = jax.tree.map(_restore_dtype, own, params, is_leaf=_trees.is_absent)
+        return obj_fn(own, *args, **kwargs)
+
+    return of_turned
 
 
 def _check_stack_sharding(stack_sharding: NamedSharding | None) -> None:

@@ -1,6 +1,7 @@
 """The leaves of a tree that have a basis: their turn, and what an inner state keeps of them."""
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -8,12 +9,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, PyTree
 
-from sophia_optax import _spread_matrices, _trees
+from sophia_optax import _arrays, _spread_matrices, _trees
 from sophia_optax._eigenbasis import Basis
 from sophia_optax._matrix_view import MatrixView
 
-MOMENTUM_NAMES = ("mu", "trace", "ema")
-"""What an inner state calls a momentum, which turns with the basis."""
+MOMENTUM_NAMES = (
+    *("mu", "trace", "ema", "m1", "m2", "exp_avg"),
+    *("grad_acc", "acc_grads", "previous_gradient", "prev_updates"),
+)
+"""What Optax's states call a momentum or another sum of gradients, which turns with the basis."""
+
+STILL_NAMES = ("nu", "nu_max", "exp_avg_sq", "sum_of_squares", "e_g", "e_x", "step_sizes")
+"""What Optax's states call squares and sizes of coordinates, which stay when the basis turns."""
 
 
 class Momentum(NamedTuple):
@@ -33,6 +40,7 @@ class TurnedLeaves(NamedTuple):
       paths: their paths.
       all_paths: those of all leaves.
       views: how they are read as matrices.
+      names: of the momenta in an inner state; None stands for `MOMENTUM_NAMES`.
     """
 
     treedef: Any
@@ -40,9 +48,15 @@ class TurnedLeaves(NamedTuple):
     paths: tuple[str, ...]
     all_paths: frozenset[str]
     views: tuple[MatrixView, ...]
+    names: tuple[str, ...] | None = None
 
     @classmethod
-    def of(cls, tree: PyTree[Any], views: list[MatrixView | None]) -> "TurnedLeaves":
+    def of(
+        cls,
+        tree: PyTree[Any],
+        views: list[MatrixView | None],
+        names: tuple[str, ...] | None = None,
+    ) -> "TurnedLeaves":
         """Finds the leaves that have a view; `views` has one for each leaf that is not absent."""
         flat, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_trees.is_absent)
         present = [(i, path) for i, (path, leaf) in enumerate(flat) if not _trees.is_absent(leaf)]
@@ -53,7 +67,7 @@ class TurnedLeaves(NamedTuple):
         ]
         indices, paths, own = zip(*chosen, strict=True) if chosen else ((), (), ())
         all_paths = frozenset(jax.tree_util.keystr(path) for path, _ in flat)
-        return cls(treedef, indices, paths, all_paths, own)
+        return cls(treedef, indices, paths, all_paths, own, names)
 
     def matrices(self, updates: PyTree[Any]) -> list[Array | None]:
         """Reads gradients as matrices, once for all that needs them; None without a gradient."""
@@ -158,19 +172,66 @@ class TurnedLeaves(NamedTuple):
         return self.treedef.unflatten(leaves)
 
     def momenta(self, inner_state: Any) -> list[Momentum]:
-        """Finds the momenta of these leaves, by the names in `MOMENTUM_NAMES`."""
+        """Finds the momenta of these leaves, by their names.
+
+        Args:
+          inner_state: the state of the inner transformation.
+
+        Returns:
+          The momenta.
+
+        Raises:
+          ValueError: if, without names given, an array like one of these leaves has a name that
+            does not tell whether it is a momentum.
+        """
+        names = MOMENTUM_NAMES if self.names is None else self.names
         owners = {path: number for number, path in enumerate(self.paths)}
         found = []
         for position, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(inner_state)):
-            for depth, key in enumerate(path):
-                # The longest one: the path of a parameter below "mu" may end with another one's.
-                parameter = jax.tree_util.keystr(path[depth + 1 :])
-                if parameter in self.all_paths:
-                    name = getattr(key, "name", getattr(key, "key", None))
-                    if name in MOMENTUM_NAMES and parameter in owners:
-                        found.append(Momentum(position, owners[parameter], leaf))
-                    break
+            parameter, name = self._parameter_and_name(path)
+            owner = owners.get(parameter) if parameter is not None else None
+            # Shapes too: below a parameter that is the whole tree there is every leaf.
+            if owner is None or jnp.shape(leaf) != self.views[owner].shape:
+                continue
+            if name in names:
+                found.append(Momentum(position, owner, leaf))
+            elif self.names is None and name not in STILL_NAMES and _arrays.is_inexact(leaf):
+                said = f"its name, {name!r}," if isinstance(name, str) else "its place"
+                raise ValueError(
+                    "The inner state has an array like a turned parameter at "
+                    f"{_trees.name_of(path)}, and {said} does not say whether it is a momentum, "
+                    "which turns when the basis does. Pass in_eigenbasis(inner, momenta=...), the "
+                    "names of all fields that are averages or sums of gradients; () if none is."
+                )
         return found
+
+    def check_names(self, inner_state: Any) -> None:
+        """Refuses names that no field of an inner state has.
+
+        Args:
+          inner_state: the state of the inner transformation.
+
+        Raises:
+          ValueError: if there is such a name.
+        """
+        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(inner_state)]
+        fields = {_name(key): None for path in paths for key in path}
+        unknown = [name for name in self.names or () if name not in fields]
+        if unknown and self.indices:
+            named = ", ".join(repr(field) for field in fields if isinstance(field, str))
+            raise ValueError(
+                f"momenta names {unknown[0]!r}, which is no field of the inner state. Name fields "
+                f"that are averages or sums of gradients; it has {named or 'no field with a name'}."
+            )
+
+    def _parameter_and_name(self, path: tuple[Any, ...]) -> tuple[str | None, Any]:
+        """The parameter at the end of a path in an inner state, and the name before it."""
+        # The longest one: the path of a parameter below "mu" may end with another one's.
+        for depth in range(len(path) + 1):
+            parameter = jax.tree_util.keystr(path[depth:])
+            if parameter in self.all_paths:
+                return parameter, _name(path[depth - 1]) if depth else None
+        return None, None
 
     def with_momenta(self, inner_state: Any, values: list[Array]) -> Any:
         """Replaces the momenta of these leaves."""
@@ -210,6 +271,34 @@ class TurnedLeaves(NamedTuple):
                 zero = jnp.zeros((), leaves[index].dtype)
                 leaves[index] = jnp.where(above[number], leaves[index], zero)
         return self.treedef.unflatten(leaves)
+
+
+def _name(key: Any) -> Any:
+    """The name in a key of a path; None in a sequence."""
+    return getattr(key, "name", getattr(key, "key", None))
+
+
+def names_of_momenta(momenta: Iterable[str] | None) -> tuple[str, ...] | None:
+    """Checks the names of the momenta.
+
+    Args:
+      momenta: as passed to `in_eigenbasis`.
+
+    Returns:
+      The names; None where they are not given.
+
+    Raises:
+      TypeError: if they are not several strings.
+    """
+    if momenta is None:
+        return None
+    names = None if isinstance(momenta, str) or not isinstance(momenta, Iterable) else (*momenta,)
+    if names is None or not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f"momenta is {momenta!r}. Pass the names of fields of the inner state, e.g. "
+            'momenta=("mu",), or None.'
+        )
+    return names
 
 
 def _average(basis: Basis, sums: Basis, decay: Any) -> tuple[Basis, Bool[Array, ""]]:

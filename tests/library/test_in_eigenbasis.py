@@ -2,7 +2,7 @@
 
 import functools
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -317,22 +317,125 @@ def test_with_adam_inside_it_is_a_transcription_of_soap() -> None:
     np.testing.assert_allclose(got, numpy_soap(grads, 3), rtol=1e-7, atol=1e-9)
 
 
-def momentum_in_a_dict(decay: float) -> optax.GradientTransformation:
-    def update(updates: Tree, state: Any, params: Tree = None) -> tuple[Tree, Any]:
-        mu = jax.tree.map(lambda m, g: decay * m + g, state["mu"], updates)
-        return mu, {"mu": mu}
+class Velocity(NamedTuple):
+    velocity: Tree
 
-    return optax.GradientTransformation(lambda p: {"mu": jax.tree.map(jnp.zeros_like, p)}, update)
+
+def heavy_ball(state_of: Any = Velocity, tree_of: Any = lambda state: state.velocity) -> Any:
+    """A momentum that an inner state calls as none of Optax's does."""
+
+    def init(params: Tree) -> Any:
+        return state_of(jax.tree.map(jnp.zeros_like, params))
+
+    def update(updates: Tree, state: Any, params: Tree = None) -> Any:
+        del params
+        new = jax.tree.map(lambda g, v: g + 0.9 * v, updates, tree_of(state))
+        return new, state_of(new)
+
+    return optax.GradientTransformation(init, update)
+
+
+def linear(scale_by: Any) -> Any:
+    """An adaptive optimizer whose floor hides its squares, so that only its momenta are left."""
+    return optax.chain(scale_by(eps=1e8), optax.scale(1e8))
+
+
+MOMENTA = {
+    "trace": (optax.trace(0.9), None),
+    "ema": (optax.ema(0.9), None),
+    "adam": (linear(optax.scale_by_adam), None),
+    "injected": (optax.inject_hyperparams(optax.trace)(0.9), None),
+    "optimistic": (optax.scale_by_optimistic_gradient(), None),
+    "apply_every": (optax.apply_every(3), None),
+    "multi_steps": (optax.MultiSteps(optax.trace(0.9), 3).gradient_transformation(), None),
+    "ademamix": (linear(optax.contrib.scale_by_ademamix), None),
+    "adan": (linear(optax.scale_by_adan), ("m", "v", "g")),
+    "dictionary": (heavy_ball(lambda tree: {"mu": tree}, lambda state: state["mu"]), None),
+    "own": (heavy_ball(), ["velocity"]),
+    "own dictionary": (heavy_ball(lambda tree: {"v": tree}, lambda state: state["v"]), ("v",)),
+}
+
+
+@pytest.mark.parametrize("name", MOMENTA)
+def test_a_momentum_in_the_turned_axes_is_the_one_in_its_own(name: str) -> None:
+    plain, momenta = MOMENTA[name]
+    tx = in_eigenbasis(plain, basis_interval=2, momenta=momenta)
+    chex.assert_trees_all_close(train(tx, 9)[0], train(plain, 9)[0], atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    "plain",
-    [optax.trace(0.9), optax.ema(0.9), momentum_in_a_dict(0.9)],
-    ids=["trace", "ema", "dict"],
+    ("inner", "where"),
+    [
+        (optax.scale_by_adan(), ".m['up'], and its name, 'm',"),
+        (heavy_ball(), ".velocity['up'], and its name, 'velocity',"),
+        (heavy_ball(lambda tree: tree, lambda state: state), "['up'], and its place"),
+        (optax.chain(optax.scale(1.0), heavy_ball()), "[1].velocity['up'], and its name"),
+    ],
+    ids=["adan", "own", "bare tree", "chain"],
 )
-def test_a_momentum_in_the_turned_axes_is_the_one_in_its_own(plain: Any) -> None:
-    tx = in_eigenbasis(plain, basis_interval=2)
-    chex.assert_trees_all_close(train(tx, 9)[0], train(plain, 9)[0], atol=1e-5)
+def test_a_state_that_does_not_say_what_its_momentum_is_is_refused(inner: Any, where: str) -> None:
+    params = {"bias": PARAMS["bias"], "up": PARAMS["up"]}
+    with pytest.raises(ValueError, match=re.escape(where)) as caught:
+        in_eigenbasis(inner).init(params)
+    assert "momenta=" in str(caught.value)
+    state = in_eigenbasis(inner, momenta=()).init(params)
+    with pytest.raises(ValueError, match=re.escape(where)):
+        in_eigenbasis(inner).update(params, state, params)
+    in_eigenbasis(inner).init({"bias": PARAMS["bias"]})  # where nothing is turned, nothing is asked
+
+
+def test_names_that_are_no_momenta_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"momenta is 'mu'\. Pass the names"):
+        in_eigenbasis(optax.scale_by_adam(), momenta="mu")
+    with pytest.raises(
+        ValueError, match=r"names 'velocty', which is no field .* it has 'velocity'"
+    ):
+        in_eigenbasis(heavy_ball(), momenta=("velocty",)).init(PARAMS["up"])
+
+
+@pytest.mark.parametrize("inner", ["adam", "adamax", "yogi", "amsgrad", "lion", "belief", "rms"])
+def test_states_of_optax_that_say_what_they_are_need_no_names(inner: str) -> None:
+    in_eigenbasis(getattr(optax, f"scale_by_{inner}")()).init(PARAMS)
+
+
+def test_a_hyperparameter_with_the_name_of_a_momentum_is_none() -> None:
+    def heavy_ball_of(mu: Any) -> Any:
+        return optax.trace(mu)
+
+    inner = optax.inject_hyperparams(heavy_ball_of)(mu=0.9)
+    tx, params = in_eigenbasis(inner, basis_interval=1), PARAMS["up"]
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert updates.shape == params.shape
+
+
+def test_obj_fn_is_the_loss_of_the_params_in_their_own_axes() -> None:
+    params = PARAMS["up"]
+
+    def one_loss(up: jax.Array) -> jax.Array:
+        return loss({**PARAMS, "up": up.astype(jnp.float32)})
+
+    tx = in_eigenbasis(sophia_optax.sophia_h(1e-2, gamma=1.0), basis_interval=1)
+
+    def first_step(**of: Any) -> Tree:
+        return tx.update(params, tx.init(params), params, **of)
+
+    got = jax.jit(lambda: first_step(obj_fn=one_loss))()
+    expected = jax.jit(lambda: first_step(hessian_fn=sophia_optax.hutchinson(one_loss, params)))()
+    chex.assert_trees_all_close(got, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_obj_fn_gets_params_of_their_own_dtype() -> None:
+    seen = []
+
+    def recorded(params: Tree) -> jax.Array:
+        seen.append(jax.tree.map(jnp.result_type, params))
+        return loss(params)
+
+    params = {**PARAMS, "up": PARAMS["up"].astype(jnp.bfloat16)}
+    tx = in_eigenbasis(sophia_optax.sophia_h(1e-2))
+    jax.eval_shape(functools.partial(tx.update, obj_fn=recorded), params, tx.init(params), params)
+    assert seen
+    assert all(types == jax.tree.map(jnp.result_type, params) for types in seen)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
