@@ -9,7 +9,7 @@ Under Auto axes without one the compiler decides, and gathers and adds far more.
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -184,29 +184,28 @@ class MatrixView:
         """Shards a stack as the parameter is, under Explicit axes."""
         return stack if self.explicit is None else jax.sharding.reshard(stack, self.explicit)
 
+    @property
+    def basis_shapes(self) -> Any:
+        """The shapes of factors and bases: a `Basis` of tuples."""
+        stack, left_blocks, left, right_blocks, right = self.view
+        rows = (stack, left_blocks, left, left) if self.turns_left else None
+        columns = (stack, right_blocks, right, right) if self.turns_right else None
+        return Basis(*cast(Any, (rows, columns, rows, columns)))
+
     def init(self, like: Any) -> Basis:
         """Zero factors, and the identity as bases."""
-        stack, left_blocks, left, right_blocks, right = self.view
-        dtype = _arrays.at_least_float32(like.dtype)
+        dtype = _arrays.at_least_float32(_arrays.dtype_to_average(like))
 
-        def factor(turns: bool, blocks: int, size: int) -> Array | None:
-            if not turns:
-                return None
-            zeros = self.sharded(jnp.zeros((stack, blocks, size, size), dtype))
-            return _manual_axes.vary_like(zeros, like)
+        def factor(shape: tuple[int, ...]) -> Array:
+            return _manual_axes.vary_like(self.sharded(jnp.zeros(shape, dtype)), like)
 
-        def identity(turns: bool, blocks: int, size: int) -> Array | None:
-            if not turns:
-                return None
-            eye = jnp.broadcast_to(jnp.eye(size, dtype=dtype), (stack, blocks, size, size))
+        def identity(shape: tuple[int, ...]) -> Array:
+            eye = jnp.broadcast_to(jnp.eye(shape[-1], dtype=dtype), shape)
             return _manual_axes.vary_like(self.sharded(jnp.array(eye)), like)
 
-        return Basis(
-            left=factor(self.turns_left, left_blocks, left),
-            right=factor(self.turns_right, right_blocks, right),
-            left_basis=identity(self.turns_left, left_blocks, left),
-            right_basis=identity(self.turns_right, right_blocks, right),
-        )
+        shapes = self.basis_shapes
+        makers = Basis(*cast(Any, (factor, factor, identity, identity)))
+        return _of_sides(lambda shape, make: make(shape), shapes, makers)
 
     def above_rounding(self, z: Array) -> Array:
         """Whether turned numbers are more than the rounding of the products that turned them."""

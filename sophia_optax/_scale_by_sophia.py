@@ -336,10 +336,14 @@ def transformation(
         state = cast(ScaleBySophiaState, state)
         _check_update_arguments(hessian_fn, refresh)
         owned = _trees.OwnedLeaves.of(updates)
+        gs, old_ms = list(map(jnp.asarray, owned.select(updates))), owned.select_state(state.mu)
         leaves = owned.select(_trees.enumerated(state.mu))
-        gs, old_ms = list(map(jnp.asarray, owned.select(updates))), owned.select(state.mu)
         old = _Curvature(
-            owned.select(state.nu), state.refreshes, state.rejected, state.win_rate, state.gamma
+            owned.select_state(state.nu),
+            state.refreshes,
+            state.rejected,
+            state.win_rate,
+            state.gamma,
         )
 
         def refreshed() -> _Curvature:

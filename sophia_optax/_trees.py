@@ -154,6 +154,43 @@ class OwnedLeaves:
         leaves = self.treedef.flatten_up_to(tree)
         return [leaves[index] for index in self.indices]
 
+    def select_state(self, average: PyTree[Any]) -> list[Array]:
+        """Returns the owned leaves of an average in the state.
+
+        Args:
+          average: of the gradients, or of what has their shapes.
+
+        Returns:
+          A leaf for each owned one, of its shape.
+
+        Raises:
+          ValueError: if the structure or a shape is not that of the gradients.
+        """
+        remedy = (
+            "Pass gradients of the params that init was called with; where the params have changed "
+            "since, make a new state with init(params)."
+        )
+        try:
+            leaves = self.select(average)
+        except ValueError as error:
+            raise ValueError(
+                "The optimizer's state does not match the gradients: it has "
+                f"{self._where(average)}. {remedy}"
+            ) from error
+        for index, shape, leaf in zip(self.indices, self.shapes, leaves, strict=True):
+            name = name_of(self.paths[index])
+            if not jax.tree_util.all_leaves([leaf]):
+                raise ValueError(
+                    "The optimizer's state does not match the gradients: it has no leaf at "
+                    f"{name}, where the gradients have one. {remedy}"
+                )
+            if jnp.shape(leaf) != shape:
+                raise ValueError(
+                    f"The gradient at {name} has shape {shape}, where the optimizer's state has "
+                    f"{jnp.shape(leaf)}. {remedy}"
+                )
+        return leaves
+
     def replace(self, tree: PyTree[Any], values: list[Array]) -> PyTree[Any]:
         """Replaces the owned leaves of a tree."""
         leaves = self.treedef.flatten_up_to(tree)
@@ -205,21 +242,22 @@ class OwnedLeaves:
 
     def _difference(self, estimate: PyTree[Any]) -> str:
         """Says where the structure of an estimate is not that of the gradients."""
-        found = [path for path, _ in jax.tree_util.tree_leaves_with_path(estimate)]
+        return (
+            "The estimate of hessian_fn does not match the gradients: it has "
+            f"{self._where(estimate)}. Let it return a pytree like the whole params; and leave "
+            "optax.flatten out, which hides their structure from the optimizer that it wraps."
+        )
+
+    def _where(self, tree: PyTree[Any]) -> str:
+        """Says what a tree has where its structure is not that of the gradients."""
+        found = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
         missing = [self.paths[index] for index in self.indices if self.paths[index] not in found]
         extra = [path for path in found if not any(path[: len(p)] == p for p in self.paths)]
         if missing:
-            where = f"no leaf at {name_of(missing[0])}, where the gradients have one"
-        elif extra:
-            where = f"a leaf at {name_of(extra[0])}, where they have none"
-        else:
-            found, expected = jax.tree.structure(estimate), self.treedef
-            where = f"other containers, {found}, where they have {expected}"
-        return (
-            f"The estimate of hessian_fn does not match the gradients: it has {where}. Let it "
-            "return a pytree like the whole params; and leave optax.flatten out, which hides their "
-            "structure from the optimizer that it wraps."
-        )
+            return f"no leaf at {name_of(missing[0])}, where the gradients have one"
+        if extra:
+            return f"a leaf at {name_of(extra[0])}, where they have none"
+        return f"other containers, {jax.tree.structure(tree)}, where they have {self.treedef}"
 
 
 def is_absent(node: Any) -> bool:

@@ -156,8 +156,29 @@ class TurnedLeaves(NamedTuple):
         return [view.array(x, like) for view, x, like in zip(views, turned, likes, strict=True)]
 
     def own(self, bases: tuple[Basis, ...] | Array) -> tuple[Basis, ...]:
-        """The bases of a state, where a zero stands for none."""
-        return cast(tuple[Basis, ...], bases) if self.indices else ()
+        """The bases of a state, where a zero stands for none.
+
+        Args:
+          bases: of the state.
+
+        Returns:
+          One for each of these leaves.
+
+        Raises:
+          ValueError: if they are not those of these leaves.
+        """
+        own = () if hasattr(bases, "shape") else cast(tuple[Basis, ...], tuple(bases))
+        found = [tuple(None if side is None else jnp.shape(side) for side in one) for one in own]
+        needed = [tuple(view.basis_shapes) for view in self.views]
+        if found != needed:
+            named = ", ".join(path or "(root)" for path in self.paths) or "none"
+            raise ValueError(
+                f"The state of in_eigenbasis has bases of the shapes {found}, where the parameters "
+                f"that are turned ({named}) need {needed}. Pass update the params that init was "
+                "called with, and leave max_size, block_size and dimension_numbers as they were; "
+                "where any of them has changed, make a new state with init(params)."
+            )
+        return own
 
     def cast(
         self, updates: PyTree[Any], gradients: PyTree[Any], params: PyTree[Any] | None

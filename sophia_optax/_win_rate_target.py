@@ -147,7 +147,26 @@ class WinRateTarget:
     def gammas(
         self, state: Float[Array, "..."], leaves: Sequence[int], scale: Scale = same
     ) -> list[Any]:
-        """Returns scale(γ) for each leaf."""
+        """Returns scale(γ) for each leaf.
+
+        Args:
+          state: as in `GammaControl`.
+          leaves: as in `GammaControl`.
+          scale: as in `GammaControl`.
+
+        Returns:
+          As many.
+
+        Raises:
+          ValueError: if the state is that of a γ of another kind.
+        """
+        if jnp.ndim(state) != self.per_tensor:
+            needed = "jnp.ones(n) for n parameters" if self.per_tensor else "jnp.ones(())"
+            raise ValueError(
+                f"The optimizer's state has a gamma of shape {jnp.shape(state)}, but per_tensor is "
+                f"{self.per_tensor} in this win_rate_target: the state is that of another gamma. "
+                f"To go on with it, let a target begin anew: optax.tree.set(state, gamma={needed})."
+            )
         if not self.per_tensor:
             return [scale(state)] * len(leaves)
         scaled = _arrays.numbers(scale(state))

@@ -271,6 +271,81 @@ def test_what_is_not_a_boolean_is_refused_at_construction(
     assert_helpful(str(error.value), *facts)
 
 
+CHANGED: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "new_leaf": ({**GRADS, "lora": jnp.ones(2)}, ("no leaf at ['lora']",)),
+    "lost_leaf": ({"w": GRADS["w"]}, ("a leaf at ['b']",)),
+    "wrong_shape": ({**GRADS, "w": jnp.ones((2, 5))}, ("['w']", "(2, 5)", "(2, 2)")),
+    "broadcast": ({**GRADS, "w": jnp.ones(2)}, ("['w']", "(2,)", "(2, 2)")),
+    "deeper": ({**GRADS, "b": {"c": jnp.ones(3)}}, ("['b']",)),
+    "wrong_container": ([GRADS["b"], GRADS["w"]], ("[0]",)),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+@pytest.mark.parametrize("refresh", (None, False))
+def test_gradients_of_other_params_than_the_state_is_of_are_refused_with_their_path(
+    name: str, refresh: bool | None
+) -> None:
+    grads, facts = CHANGED[name]
+    tx = sophia_optax.scale_by_sophia()
+    state = tx.init(PARAMS)
+    with pytest.raises(ValueError, match="gradient") as error:
+        tx.update(grads, state, hessian_fn=constant(grads), refresh=refresh)
+    assert_helpful(str(error.value), "init(params)", *facts)
+
+
+def test_a_leaf_where_the_state_has_none_is_refused_with_its_path() -> None:
+    tx = sophia_optax.scale_by_sophia()
+    state = tx.init({"w": PARAMS["w"], "b": {"c": jnp.ones(3)}})
+    with pytest.raises(ValueError, match=r"no leaf at \['b'\]") as error:
+        tx.update(GRADS, state, refresh=False)
+    assert_helpful(str(error.value), "init(params)")
+
+
+@pytest.mark.parametrize(
+    ("before", "per_tensor", "anew"),
+    [(0.02, True, (2,)), (True, False, ()), (False, True, (2,))],
+    ids=["number", "per tensor", "one for all"],
+)
+def test_the_state_of_another_kind_of_gamma_is_refused_with_the_way_on(
+    before: Any, per_tensor: bool, anew: tuple[int, ...]
+) -> None:
+    def with_gamma(gamma: Any) -> Any:
+        if isinstance(gamma, bool):
+            gamma = sophia_optax.win_rate_target(per_tensor=gamma)
+        return sophia_optax.scale_by_sophia(gamma=gamma)
+
+    tx, state = with_gamma(per_tensor), with_gamma(before).init(PARAMS)
+    for refresh in (None, False):
+        with pytest.raises(ValueError, match="has a gamma of shape") as error:
+            tx.update(GRADS, state, hessian_fn=constant(HESSIAN), refresh=refresh)
+        assert_helpful(str(error.value), "optax.tree.set", str(per_tensor))
+    state = optax.tree.set(state, gamma=jnp.ones(anew))
+    tx.update(GRADS, state, hessian_fn=constant(HESSIAN))
+
+
+@pytest.mark.parametrize(
+    ("keywords", "params"),
+    [
+        ({}, {**PARAMS, "lora": jnp.ones((2, 1))}),
+        ({}, {"w": jnp.ones((2, 3)), "b": PARAMS["b"]}),
+        ({}, {"w": jnp.ones(4), "b": PARAMS["b"]}),
+        ({"max_size": 1}, PARAMS),
+        (
+            {"dimension_numbers": lambda _: {"w": sophia_optax.MatrixAxes(turn="left"), "b": None}},
+            PARAMS,
+        ),
+    ],
+    ids=["new matrix", "shape", "no matrix", "max_size", "dimension_numbers"],
+)
+def test_bases_of_other_params_are_refused(keywords: Any, params: Any) -> None:
+    state = sophia_optax.in_eigenbasis(optax.trace(0.9)).init(PARAMS)
+    tx = sophia_optax.in_eigenbasis(optax.trace(0.9), **keywords)
+    with pytest.raises(ValueError, match="has bases of the shapes") as error:
+        tx.update(params, state, params)
+    assert_helpful(str(error.value), "init(params)", "block_size")
+
+
 BAD_ESTIMATES: dict[str, tuple[Any, type[Exception], tuple[str, ...]]] = {
     "wrong_shape": ({"w": jnp.ones(4), "b": HESSIAN["b"]}, ValueError, ("w", "(4,)", "(2, 2)")),
     "scalar": ({"w": HESSIAN["w"], "b": jnp.ones(())}, ValueError, ("b", "()", "(3,)")),
