@@ -12,7 +12,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from . import hosts, run_folder
+from . import hosts, memory, run_folder
 from .config import TrainConfig, UsageError
 from .train import TrainState
 
@@ -230,6 +230,8 @@ class Checkpoints:
         try:
             restored = self.manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # whatever a torn file makes its reader raise
+            if memory.ran_out(error):
+                raise
             reason = first_line(error)
             if not checked:
                 return reason

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from . import data, generate, hosts, optimizers, plot, record, report, run_folder, timing
+from . import data, generate, hosts, memory, optimizers, plot, record, report, run_folder, timing
 from .checkpoint import Checkpoints
 from .config import CompareConfig, LoopConfig, TrainConfig, compared
 from .loop import Result, fit
@@ -93,7 +93,11 @@ def train_all(
             log = report.tracker(progress, name, run.config, folder / run_folder.METRICS, closing)
             trainers[name] = Trainer(run)
             profile = report.Profiler(folder / "profile" / name, run.config.profile)
-            with contextlib.closing(store), contextlib.closing(profile):
+            with (
+                memory.enough(trainers[name]),
+                contextlib.closing(store),
+                contextlib.closing(profile),
+            ):
                 result = fit(
                     run,
                     corpus,

@@ -227,9 +227,15 @@ def load(name: str, tokenizer: str = "bytes", kept: Path | None = None) -> Corpu
     kind, _, place = name.partition(":")
     if kind == "bin":
         return token_files(place, kept)
-    texts = texts_of(name)
-    codec = tokenizers.find(tokenizer, lambda: texts["train"], kept)
-    splits = {split: codec.encode(text) for split, text in texts.items()}
+    try:
+        texts = texts_of(name)
+        codec = tokenizers.find(tokenizer, lambda: texts["train"], kept)
+        splits = {split: codec.encode(text) for split, text in texts.items()}
+    except MemoryError:
+        raise UsageError(
+            f"The text of --data {name} does not fit in memory. Choose fewer files, or bin:FOLDER "
+            "or hf:NAME, which are not read as a whole."
+        ) from None
     if kind != "hf":
         return Corpus(**splits, vocab_size=codec.size, codec=codec)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from . import data, record, run_folder, tokenizers
+from . import data, memory, record, run_folder, tokenizers
 from .checkpoint import Checkpoints
 from .config import CompareConfig, MeshConfig, TrainConfig, UsageError, compared
 from .run import resolve
@@ -77,12 +77,14 @@ def text_after(
     run = dataclasses.replace(run, mesh=MeshConfig(), accumulate=1)
     trainer = Trainer(resolve(run, devices=jax.devices()[:1]).with_vocabulary(codec.size))
     store = Checkpoints(Path(config.out), run, read_only=True, run=name)
-    with contextlib.closing(store):
-        restored = store.restore(trainer.abstract_sharded_state())
-    if restored is None:
-        return None
-    tokens = [int(token) for token in codec.encode(prompt)]
-    return printable(codec.decode(sample(trainer, restored[1].params, tokens, codec.size, config)))
+    with memory.enough(trainer, memory.SAMPLING):
+        with contextlib.closing(store):
+            restored = store.restore(trainer.abstract_sharded_state())
+        if restored is None:
+            return None
+        tokens = [int(token) for token in codec.encode(prompt)]
+        tokens = sample(trainer, restored[1].params, tokens, codec.size, config)
+    return printable(codec.decode(tokens))
 
 
 def printable(text: str) -> str:

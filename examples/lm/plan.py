@@ -21,11 +21,10 @@ import sophia_optax
 
 from . import hlo, mesh, run_folder
 from .config import MODELS, MeshConfig, TrainConfig, UsageError, lookup
+from .memory import GIB, shard_bytes
 from .optimizers import OPTIMIZERS
 from .run import Run, resolve
 from .train import Trainer, states_of
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -220,12 +219,6 @@ def step_flops(run: Run) -> dict[str, float]:
         "flops_basis_step": basis,
         "flops_average": average,
     }
-
-
-def shard_bytes(tree: Any) -> int:
-    """What one device holds of a tree of shapes."""
-    shards = ((leaf.sharding.shard_shape(leaf.shape), leaf.dtype) for leaf in jax.tree.leaves(tree))
-    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shards)
 
 
 def compile_or_need(lowered: Any) -> tuple[Any, int]:

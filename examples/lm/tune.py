@@ -18,7 +18,7 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from . import data, hosts, record, run_folder
+from . import data, hosts, memory, record, run_folder
 from .config import RunConfig, TuneConfig, UsageError, for_optimizer, lookup
 from .loop import Result, fit
 from .optimizers import OPTIMIZERS, rate_for_width
@@ -128,7 +128,8 @@ class Sweep:
             hyperparameters=dataclasses.replace(self.run.hyperparameters, **point),
         )
         trainer = self.trainer.at(run)
-        return fit(run, self.corpus, split=split, trainer=trainer, stop=self.stop)
+        with memory.enough(trainer):
+            return fit(run, self.corpus, split=split, trainer=trainer, stop=self.stop)
 
 
 def tune(config: TuneConfig) -> None:
