@@ -27,7 +27,7 @@ def compare(config: CompareConfig) -> None:
 def train(config: TrainConfig) -> None:
     """Trains one model with one optimizer, or continues where it stopped."""
     if not config.resume:  # a run from before this was refused goes on with what it has recorded
-        optimizers.check_used(config)
+        optimizers.check_used(config, [config.optimizer])
     train_and_report(config, {config.optimizer: config}, "train")
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -444,23 +444,28 @@ def hyperparameters(
     return dataclasses.replace(defaults, **given)
 
 
-def check_used(config: TrainConfig) -> None:
-    """Tells the user of a hyperparameter that was given and that the optimizer does not use.
+def check_used(config: Any, optimizers: Sequence[str]) -> None:
+    """Tells the user of a hyperparameter that was given and that none of the optimizers uses.
 
     The part of the batch for the curvature is a setting of the run, which a script may give for
     optimizers with and without curvature.
+
+    Args:
+      config: of any command; the hyperparameters that it has no flag for are not given.
+      optimizers: names in `OPTIMIZERS`.
     """
-    row = lookup(OPTIMIZERS, config.optimizer, "optimizer")
-    for field_name, default in vars(TrainConfig()).items():
-        if field_name not in vars(row.tiny) or row.uses(field_name):
+    rows = [lookup(OPTIMIZERS, name, "optimizer") for name in optimizers]
+    for field_name, default in vars(Hyperparameters()).items():
+        given = getattr(config, field_name, default)
+        if given == default or any(row.uses(field_name) for row in rows):
             continue
-        given = getattr(config, field_name)
-        if given != default:
-            others = ", ".join(name for name, other in OPTIMIZERS.items() if other.uses(field_name))
-            raise UsageError(
-                f"{flag(field_name)} is {given}, and {config.optimizer} does not use it. Leave it "
-                f"out, or choose one of: {others}."
-            )
+        others = ", ".join(name for name, other in OPTIMIZERS.items() if other.uses(field_name))
+        none = f"none of {', '.join(optimizers)} uses it"
+        unused = none if len(rows) > 1 else f"{optimizers[0]} does not use it"
+        raise UsageError(
+            f"{flag(field_name)} is {given}, and {unused}. Leave it out, or choose one of: "
+            f"{others}."
+        )
 
 
 def learning_rate(step: Any, peak: Any, warmup: Any, steps: Any) -> jax.Array:

@@ -22,7 +22,7 @@ import sophia_optax
 from . import hlo, mesh, run_folder
 from .config import MODELS, MeshConfig, TrainConfig, UsageError, lookup
 from .memory import GIB, shard_bytes
-from .optimizers import OPTIMIZERS
+from .optimizers import OPTIMIZERS, check_used
 from .run import Run, resolve
 from .train import Trainer, states_of
 
@@ -266,8 +266,7 @@ def cost(run: Run, memory: int) -> dict[str, Any]:
 def plan(config: PlanConfig) -> None:
     """Compiles the step for each optimizer and prints what a chip would hold and do."""
     lookup(MODELS, config.model, "model")
-    for name in config.optimizer:
-        lookup(OPTIMIZERS, name, "optimizer")
+    check_used(config, config.optimizer)
     check_file(config.json)
     jax.config.update("jax_platforms", "cpu")  # nothing here runs on an accelerator
     devices, memory = pod(config.topology)
@@ -333,14 +332,17 @@ def table(runs: dict[str, Run], costs: dict[str, dict[str, Any]], config: PlanCo
     """The numbers side by side."""
     run = next(iter(runs.values())).config
     whole = [name for name in runs if takes_whole_batch(runs[name])]
+    curvature = (
+        f"; curvature on {run.curvature_batch} of {run.batch_size} sequences"
+        f"{''.join(f' ({name}: on all)' for name in whole)}, every {config.update_interval} steps; "
+        "collectives with a refresh"
+    )
     out = Table(
         title=f"{config.model} on {config.topology}, per chip",
         caption=(
             f"{config.batch_per_chip} sequences a chip in {config.accumulate} microbatches"
-            f"{', activations recomputed' if run.remat else ''}; curvature on "
-            f"{run.curvature_batch} of {run.batch_size} sequences"
-            f"{''.join(f' ({name}: on all)' for name in whole)}, every "
-            f"{config.update_interval} steps; collectives with a refresh"
+            f"{', activations recomputed' if run.remat else ''}"
+            f"{curvature if any(r.optimizer.curvature for r in runs.values()) else ''}"
         ),
     )
     out.add_column("")

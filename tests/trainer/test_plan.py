@@ -165,6 +165,15 @@ def test_without_the_compiler_the_answer_says_how_to_get_it(monkeypatch, capsys)
         (["--accumulate", "0"], "--accumulate is 0. It has to be at least 1"),
         (["--curvature-share", "-1"], "--curvature-share is -1. It has to be at least 1"),
         (["--update-interval", "0"], "--update-interval is 0. It has to be at least 1"),
+        (
+            ["--optimizer", "adamw", "--update-interval", "5"],
+            "--update-interval is 5, and adamw does not use it. Leave it out, or choose one of: "
+            "sophia_g, ",
+        ),
+        (
+            ["--optimizer", "adamw", "lion", "--update-interval", "5"],
+            "--update-interval is 5, and none of adamw, lion uses it.",
+        ),
         (["--json", "nowhere/plan.json"], "not a file in a folder that exists. Make the folder"),
         (["--json", "."], "--json . is not a file"),
     ],
@@ -339,6 +348,15 @@ def test_each_optimizer_of_the_list_gets_its_own_numbers(pod_of_two, tmp_path, c
     refresh = sophia["flops_refresh_step"] - sophia["flops_step"]
     assert sophia["flops_average"] == pytest.approx(sophia["flops_step"] + refresh / 10)
     assert "sophia_g" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("optimizers", [["adamw"], ["adamw", "sophia_g"]])
+def test_a_plan_speaks_of_curvature_where_an_optimizer_has_some(optimizers, pod_of_two, capsys):
+    with_curvature = "sophia_g" in optimizers
+    interval = ["--update-interval", "5"] if with_curvature else []
+    assert main([*ARGUMENTS, "--optimizer", *optimizers, *interval]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert ("every 5 steps" in said) == ("curvature on" in said) == with_curvature
 
 
 def test_a_program_that_the_compiler_refuses_is_answered_in_one_line(
