@@ -15,8 +15,8 @@ import dataclasses
 import functools
 import itertools
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,6 @@ class Regime:
       budgets: steps of the raced runs, each with a full decay.
       tries: points that each entrant may try.
       seeds: of the raced runs; tuning uses another.
-      more_tries: of the entrants that may try more.
     """
 
     workload: Workload
@@ -52,11 +51,10 @@ class Regime:
     budgets: tuple[int, ...]
     tries: int = 16
     seeds: tuple[int, ...] = (0, 1, 2)
-    more_tries: Mapping[str, int] = field(default_factory=dict)
 
     def search(self, name: str, loss_of: Callable[[Point], float]) -> dict[str, Any]:
-        """Tunes an entrant with the tries that it has; returns what `tune.search` does."""
-        return search(ENTRANTS[name].grid, self.more_tries.get(name, self.tries), loss_of)
+        """Tunes an entrant; returns what `tune.search` does."""
+        return search(ENTRANTS[name].grid, self.tries, loss_of)
 
 
 REGIMES = {
@@ -70,9 +68,6 @@ REGIMES = {
         ),
         125,
         (63, 125, 250),
-        tries=8,
-        # Eight are the grid alone, and AdamW's best point was a corner of it.
-        more_tries={"adamw": 16, "sophia_g_eigenbasis": 16},
     ),
 }
 QUICK = Regime(
